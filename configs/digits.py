@@ -1,0 +1,8 @@
+"""Handwritten digits, 8x8 tokens of 17 grey levels.   python train_ddpd.py configs/digits.py"""
+data = "digits"
+image_size = 8
+n_layer = 4
+n_head = 2              # head width 64: narrower ones are slower on a CPU
+n_embd = 128
+batch_size = 64
+max_iters = 900

@@ -1,0 +1,152 @@
+"""States -> PNG, GIF, MP4. Pictures are composed as arrays; text by Pillow, colour map by matplotlib, both imported when used."""
+
+import math
+
+import numpy as np
+
+TILE = 128              # pixels per side of a picture of one sequence, about
+GAP = 8
+MAX_FRAMES = 240        # a longer run is shown every few steps
+WRITTEN = (255, 140, 0)
+BACKGROUND, TEXT = (24, 24, 28), (235, 235, 235)
+
+
+def palette(meta):
+    """Colour of each token id, the mask last.  -> (V + 1, 3) uint8"""
+    vocab, kind = meta["vocab"], meta["palette"]
+    if kind == "grey":
+        rgb = np.repeat(np.linspace(0, 255, vocab)[:, None], 3, 1)
+    elif isinstance(kind, list):
+        rgb = np.array(kind)
+    else:                                                               # any tokens: a fixed colour for each, far apart in hue
+        import colorsys
+
+        rgb = np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.65, 0.55 + 0.4 * (i * 0.7548777 % 1)) for i in range(vocab)]) * 255
+    return np.concatenate([rgb, [(90, 60, 140)]]).round().astype(np.uint8)
+
+
+def pictures(tokens, meta, decoder=None):
+    """One picture per sequence.  tokens (n, h, w) -> (n, H, W, 3) uint8; decoder: tokens -> (n, 3, H, W) in [-1, 1]"""
+    if decoder is None:
+        scale = max(1, round(TILE / max(tokens.shape[1:])))
+        return palette(meta)[tokens].repeat(scale, 1).repeat(scale, 2)
+    import torch
+
+    with torch.no_grad():
+        images = decoder(torch.as_tensor(tokens)).float().clamp(-1, 1).permute(0, 2, 3, 1)
+    return ((images + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+
+
+def heat(p):
+    """Probability -> colour, on a scale that is always 0 to 1.  (...) -> (..., 3) uint8"""
+    import matplotlib
+
+    return (matplotlib.colormaps["magma"](np.clip(p, 0, 1))[..., :3] * 255).astype(np.uint8)
+
+
+def outline(picture, where, colour):
+    """Frame the cells of a (h, w) grid that are True, in place.  picture (H, W, 3)"""
+    height, width = picture.shape[0] / where.shape[0], picture.shape[1] / where.shape[1]
+    line = max(1, round(min(height, width) / 8))
+    for row, col in np.argwhere(where):
+        y0, y1, x0, x1 = round(row * height), round((row + 1) * height), round(col * width), round((col + 1) * width)
+        cell = picture[y0:y1, x0:x1]
+        cell[:line], cell[-line:], cell[:, :line], cell[:, -line:] = (colour,) * 4
+
+
+def stretch(picture, shape):
+    """Nearest-neighbour resize.  (h, w, 3) -> (H, W, 3)"""
+    rows, cols = (np.arange(n) * m // n for n, m in zip(shape, picture.shape, strict=False))
+    return picture[rows][:, cols]
+
+
+class Canvas:
+    """An RGB picture to paste tiles and write text on."""
+
+    def __init__(self, width, height):
+        from PIL import Image, ImageDraw
+
+        self.image = Image.new("RGB", (width, height), BACKGROUND)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def paste(self, tile, x, y):
+        from PIL import Image
+
+        self.image.paste(Image.fromarray(tile), (x, y))
+
+    def text(self, words, x, y, size=14, anchor="la", colour=TEXT):
+        from PIL import ImageFont
+
+        self.draw.text((x, y), words, font=ImageFont.load_default(size), anchor=anchor, fill=colour)
+
+    def array(self):
+        return np.asarray(self.image)
+
+
+def name_of(label, meta):
+    return meta["class_names"][label] if label < meta["n_classes"] else "no label"
+
+
+def samples_png(path, tokens, labels, meta, decoder=None):
+    """A labelled grid of finished sequences.  tokens (n, h, w), labels (n,)"""
+    tiles = pictures(tokens, meta, decoder)
+    n, height, width = tiles.shape[:3]
+    columns = min(n, 10)
+    canvas = Canvas(GAP + columns * (width + GAP), GAP + math.ceil(n / columns) * (height + 20 + GAP))
+    for i, tile in enumerate(tiles):
+        x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (height + 20 + GAP)
+        canvas.text(name_of(labels[i], meta), x + width // 2, y, 15, "ma")
+        canvas.paste(tile, x, y + 20)
+    canvas.image.save(path)
+
+
+def planner_frames(states, labels, meta, decoder=None):
+    """Frames of a run: per sequence the state, sites just written in orange, and the planner's map beside it.
+
+    states: a list of (x, p_noise, written (n, h, w) arrays, nfe) per step  ->  yields (H, W, 3) uint8
+    """
+    n = len(labels)
+    columns = min(n, 3 if n in (3, 6, 9) else 4 if n in (7, 8) else 5)
+    stride = math.ceil(len(states) / MAX_FRAMES)
+    for step in sorted({*range(0, len(states), stride), len(states) - 1}):
+        x, p_noise, written, nfe = states[step]
+        tiles = pictures(x, meta, decoder)
+        height, width = tiles.shape[1:3]
+        cell_w, cell_h = 2 * width + 2 + 2 * GAP, height + 22 + GAP
+        bar_x = GAP + columns * cell_w
+        canvas = Canvas(bar_x + 84, 40 + math.ceil(n / columns) * cell_h + 2)
+        canvas.text(f"step {step + 1} of {len(states)}", GAP, 10, 18)
+        canvas.text(f"NFE {nfe.mean():.0f}", GAP + 190, 10, 18)
+        canvas.text(f"expected noise left {p_noise.sum((1, 2)).mean():5.1f} of {x[0].size}", GAP + 290, 10, 18)
+        canvas.draw.rectangle((bar_x - 156, 14, bar_x - 144, 26), outline=WRITTEN, width=2)
+        canvas.text("just written", bar_x - 138, 11, 15)
+        for i in range(n):
+            left, top = GAP + i % columns * cell_w, 40 + i // columns * cell_h
+            canvas.text(name_of(labels[i], meta), left, top, 15)
+            canvas.text(f"noise {p_noise[i].sum():.1f}", left + 2 * width + 2, top, 15, "ra")
+            outline(tiles[i], written[i], WRITTEN)
+            canvas.paste(tiles[i], left, top + 20)
+            canvas.paste(stretch(heat(p_noise[i]), (height, width)), left + width + 2, top + 20)
+        bar_h = math.ceil(n / columns) * cell_h - 22 - GAP
+        canvas.paste(np.repeat(heat(np.linspace(1, 0, bar_h))[:, None], 16, 1), bar_x, 60)
+        for value in (0.0, 0.5, 1.0):
+            canvas.text(f"{value:.1f}", bar_x + 22, 60 + (1 - value) * bar_h, 14, "lm")
+        canvas.text("P(noise)", bar_x, 40, 14)
+        yield canvas.array()
+
+
+def write_video(stem, frames, fps=12, hold_s=1.5):
+    """stem.mp4 (H.264) and stem.gif; the last frame stays for a while.  frames: (H, W, 3) uint8 of one size"""
+    import imageio.v2 as imageio
+    from PIL import Image
+
+    frames = list(frames)
+    height, width = (n - n % 2 for n in frames[0].shape[:2])            # H.264 wants even sizes
+    with imageio.get_writer(f"{stem}.mp4", fps=fps, codec="libx264", quality=7, macro_block_size=2) as writer:
+        for frame in frames + frames[-1:] * round(hold_s * fps):
+            writer.append_data(frame[:height, :width])
+    shown = np.concatenate([frames[0], frames[len(frames) // 2], frames[-1]])
+    colours = Image.fromarray(shown).quantize(128, dither=Image.Dither.NONE)
+    flat = [Image.fromarray(f).quantize(palette=colours, dither=Image.Dither.NONE) for f in frames]
+    durations = [round(1000 / fps)] * (len(flat) - 1) + [round(1000 * hold_s)]
+    flat[0].save(f"{stem}.gif", save_all=True, append_images=flat[1:], duration=durations, loop=0, optimize=True)

@@ -1,0 +1,225 @@
+"""Process group, devices, randomness, checkpoints, logs."""
+
+import datetime
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+WAIT = datetime.timedelta(hours=12)     # of a collective: rank 0 may validate and draw pictures meanwhile
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def start():
+    """Join the processes that torchrun started, or be the only one; choose the device.  -> World"""
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
+    device = pick_device(local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if size > 1:
+        if device.type == "cpu" and torch.cuda.is_available():
+            raise SystemExit(f"{size} processes, but {torch.cuda.device_count()} GPUs: start one process per GPU")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+    return World(rank, size, device)
+
+
+def pick_device(local=0):
+    return torch.device("cuda", local) if torch.cuda.device_count() > local else torch.device("cpu")
+
+
+def has_bfloat16(device):
+    """Does the device multiply bfloat16 natively? (Emulated, it is slower than float32.)"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(device, dtype="auto"):
+    """A context in which matrix products run in `dtype`; auto is bfloat16 where the device has it."""
+    on = dtype == "bfloat16" or (dtype == "auto" and has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def generator(*key, device="cpu"):
+    """Randomness as a function of a tuple of numbers: no state to save, the same on every machine."""
+    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(state)
+
+
+def commit():
+    """The commit of this checkout, with a + where files differ from it; "" outside of git."""
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except OSError:
+        return ""
+
+
+# Stopping
+
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; a second one ends at once."""
+
+    def __init__(self, world):
+        self.world, self.signal = world, 0
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def asked(self):
+        """The signal any rank got, 0 for none: all ranks stop at the same step. A host-side exchange, the GPU is not waited for."""
+        if self.world.size == 1:
+            return self.signal
+        flag = torch.tensor(self.signal)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
+
+
+# Checkpoints
+
+def digest(tree):
+    """sha256 over every key, tensor and plain value of nested dicts and lists."""
+    sha = hashlib.sha256()
+
+    def add(node):
+        if isinstance(node, dict):
+            for key in sorted(node, key=str):
+                sha.update(f"{key}:".encode())
+                add(node[key])
+        elif isinstance(node, (list, tuple)):
+            for item in node:
+                add(item)
+        elif isinstance(node, torch.Tensor):
+            sha.update(f"{node.dtype}{tuple(node.shape)}".encode())
+            sha.update(node.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        else:
+            sha.update(repr(node).encode())
+    add(tree)
+    return sha.hexdigest()
+
+
+def save_checkpoint(folder, state):
+    """Write ckpt.pt whole or not at all; the one before it becomes ckpt_prev.pt. A failed write warns and leaves both.  -> bool"""
+    new, last, prev = (Path(folder) / name for name in ("ckpt.tmp", "ckpt.pt", "ckpt_prev.pt"))
+    try:
+        torch.save({**state, "digest": digest(state)}, new)
+        if last.exists():
+            os.replace(last, prev)
+        os.replace(new, last)
+        return True
+    except (OSError, RuntimeError) as error:                            # torch reports a full disk as RuntimeError
+        new.unlink(missing_ok=True)
+        print(f"warning: {last} not written ({first_line(error)}); training goes on", file=sys.stderr)
+        return False
+
+
+def load_checkpoint(folder):
+    """The newest checkpoint of a run on the CPU, plain tensors and numbers only; None where there is none yet."""
+    last, prev = Path(folder) / "ckpt.pt", Path(folder) / "ckpt_prev.pt"
+    if not last.exists() and prev.exists():                             # killed between the two renames of a save
+        print(f"{last} is missing; going on from {prev}", file=sys.stderr)
+        last = prev
+    if not last.exists():
+        return None
+    try:
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        is_whole = isinstance(state, dict) and state.pop("digest", None) == digest(state)
+    except Exception as error:                                          # torch.load raises a dozen kinds
+        raise SystemExit(f"{last} cannot be read as a checkpoint: {first_line(error)}{hint(prev)}") from None
+    if not is_whole:
+        raise SystemExit(f"{last} is damaged: its digest does not match{hint(prev)}")
+    return state
+
+
+def load_run(folder):
+    """The checkpoint of a run that must have one."""
+    state = load_checkpoint(folder)
+    if state is None:
+        raise SystemExit(f"no run in {folder}: there is no ckpt.pt")
+    return state
+
+
+def hint(prev):
+    return f" (the one before it is {prev}; rename it to ckpt.pt to use it)" if prev.exists() else ""
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+# Logs
+
+class Log:
+    """log.jsonl always, Weights & Biases where a project is named. Rank 0 only."""
+
+    def __init__(self, folder, cfg, world):
+        self.file = open(Path(folder) / "log.jsonl", "a") if world.is_main else None
+        self.wandb = None
+        if world.is_main and cfg.wandb_project:
+            import wandb
+
+            mode = "online" if wandb.api.api_key and is_reachable("api.wandb.ai") else "offline"
+            if mode == "offline":
+                print("wandb: no key or no network; logging offline, to be sent later with `wandb sync`")
+            self.wandb = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity or None, dir=folder, mode=mode,
+                                    name=cfg.wandb_name or Path(folder).name, config=vars(cfg))
+
+    def write(self, it, **values):
+        if self.file:
+            self.file.write(json.dumps({"it": it, **values}) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(values, step=it)
+
+    def image(self, it, name, path):
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(str(path))}, step=it)
+
+    def close(self):
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def is_reachable(host, timeout_s=3):
+    try:
+        socket.create_connection((host, 443), timeout_s).close()
+        return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def one_line_errors(*kinds):
+    """Show errors of these kinds as one line and exit 1: what a user can mend needs no traceback."""
+    try:
+        yield
+    except kinds as error:
+        raise SystemExit(f"{type(error).__name__}: {first_line(error)}" if isinstance(error, OSError) else str(error)) from None

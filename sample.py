@@ -1,0 +1,108 @@
+"""Sample a run and watch its planner.   python sample.py out/digits --labels 0 1 2 3 --n-steps 64
+
+Writes samples.png, samples.npz, planner.mp4 and planner.gif into the run's folder, from the averaged (EMA) weights.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import config
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Sample a run: pictures, tokens and a video of the planner's probability map."""
+    run: str                                # folder of a run
+    labels: tuple[int, ...] = ()            # one sample for each; (): one per class up to 10 classes, else 8
+    n_steps: int = 64                       # steps, of two network calls each (one with --nets single)
+    seed: int = 0                           # of the noise and every draw
+    sampler: Literal["ddpd"] = "ddpd"       # planned denoising
+    schedule: Literal["one", "fixed", "spread", "leap"] = "spread"  # sites per step: 1; k; noise left / steps left; each alone
+    k: int = 1                              # sites per step of --schedule fixed, and of --refine
+    pick: Literal["proportional", "softmax"] = "proportional"   # choose sites by P(noise), or by its odds
+    stop: float = 0.0                       # expected noise tokens under which a sequence is done; 0: spend all steps
+    refine: int = 0                         # further steps of k sites
+    temperature: float = 1.0                # of the denoiser
+    top_k: int = 0                          # likeliest tokens the denoiser draws from; 0: all
+    top_p: float = 1.0                      # probability mass it draws from, in (0, 1]
+    guidance: float = 1.0                   # of the denoiser: 1 follows the label as trained, more exaggerates it
+    planner_guidance: float = 1.0           # of the planner
+    n_video: int = 10                       # samples in the video; 0: no video
+    decoder: str = ""                       # TorchScript file, tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
+
+
+OPTIONS = ("n_steps", "schedule", "k", "pick", "stop", "refine", "temperature", "top_k", "top_p", "guidance", "planner_guidance")
+
+if __name__ == "__main__":
+    flags = config.load(Flags)
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import model
+import render
+import runtime
+from diffusion import samplers
+
+
+def load_decoder(path, meta, device):
+    """A TorchScript image tokenizer's decoder, tried on one sequence."""
+    try:
+        decoder = torch.jit.load(path, map_location=device)
+        out = decoder(torch.zeros(1, *meta["grid"], dtype=torch.long, device=device))
+    except Exception as error:                                          # TorchScript raises many kinds
+        raise SystemExit(f"{path} cannot decode tokens of shape (n, {', '.join(map(str, meta['grid']))}): "
+                         f"{runtime.first_line(error)}") from None
+    if out.dim() != 4 or out.shape[1] != 3:
+        raise SystemExit(f"{path} decodes to {tuple(out.shape)}, not to images (n, 3, H, W)")
+    return lambda tokens: decoder(tokens.to(device).long())
+
+
+def main(flags):
+    device = runtime.pick_device()
+    state = runtime.load_run(flags.run)
+    meta, kind = state["meta"], config.kind_of(state["config"])
+    n_classes = meta["n_classes"]
+    for label in flags.labels:
+        if not 0 <= label <= n_classes:
+            raise SystemExit(f"--labels {label}: {flags.run} knows labels 0 to {n_classes - 1}, and {n_classes} for no label")
+    labels = list(flags.labels) or [min(i, n_classes) for i in range(n_classes if 0 < n_classes <= 10 else 8)]
+    if max(flags.guidance, flags.planner_guidance) != 1 and not state["config"]["label_dropout"]:
+        raise SystemExit(f"{flags.run} was trained without label dropout: it has no unlabelled prediction to guide away from")
+    decoder = load_decoder(flags.decoder, meta, device) if flags.decoder else None
+    nets = model.from_checkpoint(state, kind, device)
+
+    options = {name: getattr(flags, name) for name in OPTIONS}
+    rng = runtime.generator(flags.seed, device=device)
+    shown, n_shown, began = [], min(flags.n_video, len(labels)), time.perf_counter()
+    label = torch.tensor(labels, device=device)
+    with runtime.one_line_errors(ValueError), runtime.autocast(device):
+        steps = samplers.run(flags.sampler, kind, nets, label, meta=meta, generator=rng, **options)
+        for s in tqdm(steps, total=flags.n_steps + flags.refine, unit="step"):
+            if n_shown:
+                shown.append([y[:n_shown].unflatten(1, meta["grid"]).cpu().numpy() for y in (s.x, s.p_noise, s.written)]
+                             + [s.nfe[:n_shown].cpu().numpy()])
+    tokens = s.x.view(-1, *meta["grid"]).cpu().numpy()
+    seconds = time.perf_counter() - began
+    print(f"{len(labels)} samples, {s.nfe.float().mean():.1f} NFE each, {seconds:.1f} s on {device}")
+
+    folder = Path(flags.run)
+    settings = json.dumps({**asdict(flags), "it": state["it"], "nfe": s.nfe.tolist(), "commit": runtime.commit()})
+    with runtime.one_line_errors(OSError):
+        np.savez(folder / "samples.npz", tokens=tokens, labels=np.array(labels), settings=settings)
+        render.samples_png(folder / "samples.png", tokens, labels, meta, decoder)
+        written = ["samples.png", "samples.npz"]
+        if n_shown:
+            render.write_video(folder / "planner", render.planner_frames(shown, labels[:n_shown], meta, decoder))
+            written += ["planner.mp4", "planner.gif"]
+    print(f"wrote {', '.join(written)} in {folder}")
+
+
+if __name__ == "__main__":
+    main(flags)

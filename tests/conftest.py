@@ -1,0 +1,36 @@
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path_factory, monkeypatch, request):
+    """Each test file works in a folder of its own, so data/ and out/ never touch the checkout."""
+    folder = tmp_path_factory.getbasetemp() / request.module.__name__
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def script(*args, **kwargs):
+    """Run one of the repository's scripts as a user would.  -> CompletedProcess"""
+    return subprocess.run([sys.executable, ROOT / args[0], *map(str, args[1:])], capture_output=True, text=True, **kwargs)
+
+
+TINY = ["--image-size", "8", "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--base-width", "16", "--batch-size", "4",
+        "--warmup-iters", "2", "--eval-interval", "0", "--save-interval", "0", "--log-interval", "1", "--eval-sequences", "20"]

@@ -1,0 +1,304 @@
+"""Train a planner and a denoiser.   python train_ddpd.py configs/digits.py      or any number of processes by torchrun
+
+The same command again goes on where the run stopped; everything random is a function of (seed, iteration, micro-batch).
+"""
+
+import config
+
+if __name__ == "__main__":
+    cfg = config.load()                                                 # before torch: --help and typos answer at once
+
+import copy
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data
+import model
+import render
+import runtime
+from diffusion import objectives, processes, samplers
+
+N_BINS = 10             # of noise level
+ORDER, NOISE, EVAL = range(3)   # streams of randomness
+
+
+class Losses(nn.Module):
+    """All networks behind one forward, so that DDP sees one module.  {name: Task} -> (n_nets,) nats"""
+
+    def __init__(self, nets):
+        super().__init__()
+        self.nets = nn.ModuleDict(nets)
+
+    def forward(self, tasks):
+        return torch.stack([self.one(self.nets[name], objectives.LOSSES[name], task) for name, task in tasks.items()])
+
+    def one(self, net, loss, task):
+        hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1)[task.sites]      # (n, D): only what enters the loss
+        return model.map_logits(net, hidden, loss, task.target).sum() / max(1, len(hidden))
+
+
+def draw_tasks(cfg, meta, split, order, it, g, n_groups):
+    """What the networks learn in micro-batch g of n_groups of iteration `it`.  -> {name: Task} on the host"""
+    start, key = (it * n_groups + g) * cfg.batch_size, (it, g)
+    if cfg.overfit:                                                     # the same sequences under the same noise, always
+        start %= order.n
+        key = (0, start)
+    rng = runtime.generator(cfg.seed, NOISE, *key)
+    x0, label = split.rows(order.take(start, cfg.batch_size))
+    x0, label = torch.from_numpy(x0), torch.from_numpy(label)
+    if not cfg.overfit:
+        label = objectives.drop_labels(label, meta["n_classes"], cfg.label_dropout, rng)
+    t = processes.stratified_t(len(x0), rng)
+    return objectives.ddpd(x0, t, label, meta["vocab"], rng, cfg.nets, cfg.denoiser_process)
+
+
+def lr_factor(it, cfg):
+    """Linear warm-up, then a cosine down to a tenth."""
+    if it < cfg.warmup_iters:
+        return (it + 1) / cfg.warmup_iters
+    done = min(1.0, (it - cfg.warmup_iters) / max(1, cfg.decay_iters - cfg.warmup_iters))
+    return 0.55 + 0.45 * math.cos(math.pi * done)
+
+
+@torch.no_grad()
+def validate(cfg, meta, nets, split, device):
+    """Losses of the averaged networks on fixed noise draws, over all and per bin of noise level.  -> {metric: number or list}"""
+    from sklearn.metrics import roc_auc_score
+
+    rng, n = runtime.generator(cfg.seed, EVAL), cfg.eval_sequences
+    x0, label = (torch.from_numpy(y) for y in split.rows(np.arange(n) % len(split)))
+    t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
+    seen = {name: [] for name in nets}                                  # per network: rows of (t, target, loss, verdict)
+    for b in torch.arange(n).split(64):
+        tasks = objectives.ddpd(x0[b], t[b], label[b], meta["vocab"], rng, cfg.nets, cfg.denoiser_process)
+        for name, task in tasks.items():
+            net, loss, at = nets[name], objectives.LOSSES[name], task.t.expand(task.xt.shape).flatten()[task.sites]
+            task = task.to(device)
+
+            def measure(logits, target, loss=loss, name=name):
+                verdict = logits if name == "planner" else (logits.argmax(-1) == target).float()
+                return torch.stack([loss(logits, target), verdict], -1)
+
+            with runtime.autocast(device, cfg.dtype):
+                hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1)[task.sites]
+                rows = model.map_logits(net, hidden, measure, task.target)
+            seen[name].append(torch.cat([at[:, None], task.target.float().cpu()[:, None], rows.float().cpu()], -1))
+    out = {}
+    for name, rows in seen.items():
+        at, target, loss, verdict = torch.cat(rows).double().unbind(-1)
+        short, second = ("bce", "auroc") if name == "planner" else ("ce", "accuracy")
+        groups = [torch.ones_like(at, dtype=torch.bool), *((at * N_BINS).long() == i for i in range(N_BINS))]
+        first, other = [], []
+        for g in groups:
+            first.append(round(loss[g].mean().item(), 5) if g.any() else None)
+            if name == "denoiser":
+                other.append(round(verdict[g].mean().item(), 5) if g.any() else None)
+            else:
+                has_both = 0 < target[g].sum() < g.sum()
+                other.append(round(float(roc_auc_score(target[g], verdict[g])), 5) if has_both else None)
+        for metric, values in [(short, first), (second, other)]:
+            out[f"val_{name}_{metric}"], out[f"val_{name}_{metric}_bins"] = values[0], values[1:]
+    return out
+
+
+def draw_samples(cfg, meta, nets, device, path, n_steps=32):
+    """A picture of one sample per class, by planned denoising."""
+    label = torch.arange(min(10, meta["n_classes"]) or 8, device=device).clamp_max(meta["n_classes"])
+    rng = runtime.generator(cfg.seed, EVAL, device=device)
+    with runtime.autocast(device, cfg.dtype):
+        *_, last = samplers.run("ddpd", cfg.kind, nets, label, meta=meta, generator=rng, n_steps=n_steps)
+    render.samples_png(path, last.x.view(-1, *meta["grid"]).cpu().numpy(), label.tolist(), meta)
+
+
+def open_run(cfg, meta, world):
+    """Make the run's folder, or find a run of the same shape in it.  -> checkpoint or None"""
+    folder = Path(cfg.out_dir)
+    with runtime.one_line_errors(OSError):
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+            raise SystemExit(f"{folder} holds files, but no run (no config.json): choose another --out-dir")
+        folder.mkdir(parents=True, exist_ok=True)
+    state = runtime.load_checkpoint(folder)
+    if state:
+        old, new = state["config"], asdict(cfg)
+        for key in cfg.FIXED:
+            if old[key] != new[key]:
+                raise SystemExit(f"{folder} was trained with {key} = {old[key]}, not {new[key]}: choose another --out-dir")
+        for key in ("vocab", "grid", "n_classes"):
+            if state["meta"][key] != meta[key]:
+                raise SystemExit(f"{folder} was trained on data with {key} = {state['meta'][key]}, not {meta[key]}")
+        was, now = old["grad_accumulation_steps"] * state["world_size"], cfg.grad_accumulation_steps * world.size
+        if was != now:
+            raise SystemExit(f"{folder} was trained with {was} micro-batches per iteration, not {now}: "
+                             f"set --grad-accumulation-steps to {was / world.size:g}, or change the number of processes")
+        changed = {k: f"{old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v and k != "out_dir"}
+        if changed and world.is_main:
+            print(f"{folder} goes on with " + ", ".join(f"{k} {v}" for k, v in changed.items()))
+    if world.is_main:
+        with runtime.one_line_errors(OSError):
+            (folder / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    return state
+
+
+def say_what(cfg, meta, nets, world):
+    """What a reader needs to judge the first numbers."""
+    n_tokens = math.prod(meta["grid"])
+    per_step = n_tokens * cfg.batch_size * cfg.grad_accumulation_steps * world.size
+    print(f"{meta['name']}: {' x '.join(map(str, meta['grid']))} tokens, V = {meta['vocab']}, {meta['n_classes']} classes; "
+          + ", ".join(f"{k} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for k, net in nets.items()) + " parameters")
+    print(f"{per_step} tokens per iteration on {world.size} x {world.device.type}, "
+          f"{'bfloat16' if runtime.autocast(world.device, cfg.dtype)._enabled else 'float32'}")
+    print(f"denoiser CE starts at ln V = {math.log(meta['vocab']):.4f} nats")
+    if "planner" in nets:
+        print(f"planner BCE: {processes.BLIND:.4f} nats blind, {processes.LEVEL_ONLY:.4f} reading only the noise level, "
+              f"{processes.planner_floor(meta['vocab']):.4f} at best (tokens redrawn as themselves)")
+    if world.device.type == "cpu" and n_tokens * cfg.n_embd > 2**17:
+        print("warning: this setting takes hours on a CPU; configs/digits.py takes minutes")
+
+
+def main(cfg):
+    world = runtime.start()
+    stop = runtime.Stop(world)
+    if not world.is_main:
+        torch.distributed.barrier()                                     # rank 0 makes the data and the folder
+    meta, splits = data.load(cfg.data, cfg.image_size, cfg.levels)
+    try:
+        shape = model.shape_of(asdict(cfg), meta)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    state = open_run(cfg, meta, world)
+    if world.is_main and world.size > 1:
+        torch.distributed.barrier()
+    it = state["it"] if state else 0
+    if it >= cfg.max_iters:
+        print(f"{cfg.out_dir} is finished: {it} iterations. A larger --max-iters goes on.")
+        return
+
+    # networks, their averages, one optimizer each
+    torch.manual_seed(cfg.seed)
+    nets = {k: net.to(world.device) for k, net in model.build(shape, cfg.kind).items()}
+    ema = {k: copy.deepcopy(net).requires_grad_(False) for k, net in nets.items()}
+    lrs = {"planner": cfg.planner_lr, "denoiser": cfg.denoiser_lr}
+    optimizers = {k: torch.optim.AdamW(model.param_groups(net, lrs[k], cfg.weight_decay), betas=(0.9, 0.95), fused=True)
+                  for k, net in nets.items()}
+    if state:
+        for k in nets:
+            nets[k].load_state_dict(state["nets"][k])
+            ema[k].load_state_dict(state["ema"][k])
+            decays = [g["weight_decay"] for g in optimizers[k].param_groups]
+            optimizers[k].load_state_dict(state["optimizers"][k])
+            for group, decay in zip(optimizers[k].param_groups, decays, strict=True):
+                group["weight_decay"] = decay                           # today's flag, not the checkpoint's
+    learner = Losses(nets)
+    if cfg.compile:
+        for net in nets.values():
+            net.hidden = torch.compile(net.hidden)
+    if world.size > 1:
+        learner = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False)
+
+    train = splits["train"]
+    n_train = min(cfg.overfit, len(train)) if cfg.overfit else len(train)
+    order, n_groups = data.Order(n_train, None if cfg.overfit else cfg.seed), cfg.grad_accumulation_steps * world.size
+    log = runtime.Log(cfg.out_dir, cfg, world)
+    if world.is_main:
+        say_what(cfg, meta, nets, world)
+        log.write(it, start=True, commit=runtime.commit(), torch=torch.__version__, device=str(world.device), config=asdict(cfg))
+
+    losses_sum, n_summed = torch.zeros(len(nets), device=world.device), 0
+    first_bad = torch.full((), math.inf, device=world.device)           # iteration of the first loss that is not finite
+
+    def read_losses():
+        """Mean losses since the last call; waits for the device. NaN or inf ends the run, its checkpoints untouched."""
+        nonlocal n_summed
+        mean, bad = losses_sum / max(1, n_summed), first_bad.clone()
+        if world.size > 1:
+            torch.distributed.all_reduce(mean)
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
+            mean /= world.size
+        if bad.isfinite():
+            raise SystemExit(f"a loss of {cfg.out_dir} is not finite at iteration {int(bad)} "
+                             f"({', '.join(f'{k} {v:.4g}' for k, v in zip(nets, mean.tolist(), strict=True))}): lower the lr; "
+                             "the last checkpoint is untouched")
+        losses_sum.zero_()
+        n_summed = 0
+        return dict(zip(nets, mean.tolist(), strict=True))
+
+    def save():
+        read_losses()                                                   # refuses to save what is not finite
+        if world.is_main:
+            runtime.save_checkpoint(cfg.out_dir, dict(
+                it=it, config=asdict(cfg), meta=meta, world_size=world.size,
+                nets={k: net.state_dict() for k, net in nets.items()}, ema={k: net.state_dict() for k, net in ema.items()},
+                optimizers={k: o.state_dict() for k, o in optimizers.items()}))
+
+    bar = tqdm(total=cfg.max_iters, initial=it, disable=not world.is_main, dynamic_ncols=True, unit="it", mininterval=1)
+    clock, clock_it, train_s = time.perf_counter(), it, 0.0
+    while it < cfg.max_iters:
+        for k, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = lrs[k] * group["lr_scale"] * lr_factor(it, cfg)
+        for micro in range(cfg.grad_accumulation_steps):
+            tasks = draw_tasks(cfg, meta, train, order, it, micro * world.size + world.rank, n_groups)
+            tasks = {k: task.to(world.device) for k, task in tasks.items()}
+            if world.size > 1:
+                learner.require_backward_grad_sync = micro == cfg.grad_accumulation_steps - 1
+            with runtime.autocast(world.device, cfg.dtype):
+                losses = learner(tasks)                                 # (n_nets,)
+            (losses.sum() / cfg.grad_accumulation_steps).backward()
+            losses_sum += losses.detach()
+            n_summed += 1
+        first_bad = torch.where(losses_sum.isfinite().all(), first_bad, first_bad.clamp_max(it))
+        for k, net in nets.items():
+            if cfg.grad_clip:
+                nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
+            optimizers[k].step()
+            optimizers[k].zero_grad()
+            decay = min(cfg.ema_decay, (1 + it) / (10 + it))            # its warm-up: early averages forget the start
+            torch._foreach_lerp_(list(ema[k].parameters()), list(net.parameters()), 1 - decay)
+        it += 1
+        bar.update()
+
+        is_last, signal = it == cfg.max_iters, stop.asked()
+        if it % cfg.log_interval == 0 or is_last:
+            means = read_losses()
+            now = time.perf_counter()
+            train_s += now - clock
+            rate = (it - clock_it) * n_groups * cfg.batch_size * shape.n_tokens / (now - clock)
+            clock, clock_it = now, it
+            log.write(it, **{f"{k}_loss": round(v, 5) for k, v in means.items()}, lr_factor=round(lr_factor(it - 1, cfg), 5),
+                      tokens_per_s=round(rate), train_s=round(train_s, 2))
+            bar.set_postfix_str(", ".join(f"{k} {v:.3f}" for k, v in means.items()) + f", {rate:.0f} tokens/s")
+        if signal or is_last or (cfg.save_interval and it % cfg.save_interval == 0):
+            save()
+        if signal:
+            bar.close()
+            if world.is_main:
+                print(f"stopped by signal {signal} at iteration {it}, saved; the same command goes on from there")
+            log.close()
+            sys.exit(128 + signal)
+        if world.is_main and (is_last or (cfg.eval_interval and it % cfg.eval_interval == 0)):
+            scores = validate(cfg, meta, ema, splits["val"], world.device)
+            draw_samples(cfg, meta, ema, world.device, Path(cfg.out_dir) / "samples.png")
+            log.write(it, **scores)
+            log.image(it, "samples", Path(cfg.out_dir) / "samples.png")
+            bar.write(f"{it:>6}: " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items() if "bins" not in k))
+            clock = time.perf_counter()                                 # tokens/s leaves validation out
+    bar.close()
+    log.close()
+    if world.is_main:
+        print(f"done: {cfg.max_iters} iterations, {train_s / 60:.1f} minutes of training in this start. "
+              f"Next: python sample.py {cfg.out_dir}")
+    if world.size > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(cfg)
