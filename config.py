@@ -29,7 +29,7 @@ class Config:
     n_head: int = 4                         # heads; they divide n_embd
     n_embd: int = 512                       # width of the residual
     base_width: int = 512                   # muP: the width at which every tensor trains at the lr given here
-    base_head_dim: int = 0                  # muP: head width at base_width, where heads widen with n_embd; 0: fixed heads
+    base_head_dim: int = 0                  # muP: head width at base_width, if heads widen with n_embd; 0: they do not
 
     batch_size: int = 32                    # sequences per process and micro-step
     grad_accumulation_steps: int = 1        # micro-steps per iteration
@@ -42,7 +42,7 @@ class Config:
     grad_clip: float = 1.0                  # largest gradient norm of each network; 0: unclipped
     label_dropout: float = 0.1              # share of labels replaced by the null class, for guidance
     ema_decay: float = 0.999                # decay per iteration of the averaged weights, after their warm-up
-    overfit: int = 0                        # train on this many sequences with noise and levels held fixed: loss to near 0
+    overfit: int = 0                        # train on this many sequences under noise held fixed: losses go to near 0
 
     seed: int = 0                           # of weights, data order, noise and label dropout
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; auto: bfloat16 where the device has it
@@ -50,7 +50,7 @@ class Config:
     out_dir: str = ""                       # the run's folder; "": out/<stem of the last config file> or out/default
     log_interval: int = 10                  # iterations between lines of log.jsonl
     eval_interval: int = 250                # iterations between validations; 0: only the last
-    eval_sequences: int = 512               # held-out sequences in a validation, each under one fixed noise draw and level
+    eval_sequences: int = 512               # held-out sequences in a validation, each under one fixed draw of noise
     save_interval: int = 250                # iterations between checkpoints; 0: only the last
     wandb_project: str = ""                 # Weights & Biases project; "": off
     wandb_entity: str = ""                  # its owner; "": your default

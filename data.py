@@ -1,4 +1,4 @@
-"""Tokens on disk: data/<name>/ holds meta.json and, per split, <split>_tokens.npy (n, *grid) and <split>_labels.npy (n,).
+"""Tokens on disk: data/<name>/ holds meta.json and, per split, <split>_tokens.npy (n, *grid), <split>_labels.npy (n,).
 
 python data.py NAME [--name FOLDER] [--image-size S] [--levels L]     makes the folder from sources/NAME.py
 """
@@ -14,7 +14,8 @@ import numpy as np
 
 ROOT = Path("data")
 SOURCES = Path(__file__).parent / "sources"
-META = {"name": str, "vocab": int, "grid": list, "n_classes": int, "class_names": list, "palette": (str, list), "given": list}
+META = {"name": str, "vocab": int, "grid": list, "n_classes": int, "class_names": list, "palette": (str, list),
+        "given": list}
 
 
 class Split:
@@ -74,20 +75,22 @@ def read_meta(folder):
     return meta
 
 
+def source_names():
+    return sorted(p.stem for p in SOURCES.glob("[a-z]*.py"))
+
+
 def load(name, image_size=0, levels=0):
     """Open data/<name>, made first where its source can make itself.  -> meta, {"train": Split, "val": Split}"""
     folder = ROOT / name
-    if not (folder / "meta.json").exists():
-        known = sorted(p.stem for p in SOURCES.glob("[a-z]*.py"))
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise SystemExit(f"no data in {folder} and no source of that name"
-                             + (f"; did you mean {close[0]}?" if close else f"; sources: {', '.join(known)}"))
-    if name in [p.stem for p in SOURCES.glob("[a-z]*.py")]:
+    if name in source_names():
         source = importlib.import_module(f"sources.{name}")
         folder = ROOT / source.folder_name(image_size, levels)
         if not (folder / "meta.json").exists():
             make(source, folder, image_size, levels)
+    elif not (folder / "meta.json").exists():
+        close = difflib.get_close_matches(name, source_names(), n=1)
+        raise SystemExit(f"no data in {folder} and no source of that name"
+                         + (f"; did you mean {close[0]}?" if close else f"; sources: {', '.join(source_names())}"))
     meta = read_meta(folder)
     return meta, {split: Split(folder, split, meta) for split in ("train", "val")}
 
@@ -105,7 +108,7 @@ def make(source, folder, image_size, levels):
 
 
 class Order:
-    """Sequence indices in training order: one seeded permutation per epoch, a function of position alone. No seed: in order."""
+    """Indices in training order: one seeded permutation per epoch, a function of position alone. No seed: in order."""
 
     def __init__(self, n, seed):
         self.n, self.seed, self.epoch = n, seed, -1
@@ -137,6 +140,6 @@ if __name__ == "__main__":
 
     args = tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,))
     if not (SOURCES / f"{args.source}.py").exists():
-        raise SystemExit(f"no source {args.source}; there are {', '.join(sorted(p.stem for p in SOURCES.glob('[a-z]*.py')))}")
+        raise SystemExit(f"no source {args.source}; there are {', '.join(source_names())}")
     chosen = importlib.import_module(f"sources.{args.source}")
     make(chosen, ROOT / (args.name or chosen.folder_name(args.image_size, args.levels)), args.image_size, args.levels)

@@ -10,7 +10,7 @@ import config
 
 @dataclass(frozen=True)
 class Flags:
-    """Judge accuracy, over all and per class, and the share of distinct samples. Adds rows to evaluate.csv in each run's folder."""
+    """Judge accuracy, over all and per class, and the share of distinct samples. Adds rows to RUN/evaluate.csv."""
     runs: tuple[str, ...]                   # folders of runs
     n_samples: int = 500                    # samples per seed, classes in turn
     n_steps: int = 32                       # steps of planned denoising
@@ -84,16 +84,19 @@ def main(flags):
             raise SystemExit(f"{run}: the judge needs grey pictures with classes, and {meta['name']} has none")
         nets = model.from_checkpoint(state, config.kind_of(cfg), device)
         judge = Judge(meta, data.load(cfg["data"], cfg["image_size"], cfg["levels"])[1])
-        print(f"{run}, iteration {state['it']}: judge on real held-out data {judge.real[0]:.1%}, {worst(judge.real[1], meta)}")
+        print(f"{run}, iteration {state['it']}: judge on real held-out data {judge.real[0]:.1%}, "
+              f"{worst(judge.real[1], meta)}")
         for seed in flags.seeds:
             labels = np.arange(flags.n_samples) % meta["n_classes"]
             tokens, nfe, s_per_sample = draw(config.kind_of(cfg), nets, labels, meta, seed, device, flags.n_steps,
                                              flags.batch_size)
             accuracy, per_class = judge.accuracy(tokens, labels)
             distinct = len(np.unique(tokens, axis=0)) / len(tokens)
-            print(f"  {flags.n_samples} samples, {flags.n_steps} steps, {nfe:.1f} NFE, seed {seed}: judge accuracy {accuracy:.1%}, "
+            print(f"  {flags.n_samples} samples, {flags.n_steps} steps, {nfe:.1f} NFE, seed {seed}: "
+                  f"judge accuracy {accuracy:.1%}, "
                   f"{worst(per_class, meta)}, distinct {distinct:.1%}, {s_per_sample:.3f} s each")
-            row = dict(run=run, it=state["it"], train_seed=cfg["seed"], sampler="ddpd", steps=flags.n_steps, nfe=round(nfe, 2),
+            row = dict(run=run, it=state["it"], train_seed=cfg["seed"], sampler="ddpd", steps=flags.n_steps,
+                       nfe=round(nfe, 2),
                        s_per_sample=round(s_per_sample, 4), n=flags.n_samples, seed=seed, judge_acc=round(accuracy, 4),
                        worst_class=round(min(per_class.values()), 4), distinct=round(distinct, 4),
                        judge_acc_real=round(judge.real[0], 4), commit=runtime.commit(), device=str(device))

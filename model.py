@@ -1,4 +1,4 @@
-"""The network: one transformer, with a planner's head or a denoiser's.   Top to bottom: shape, init, blocks, heads, muP groups."""
+"""The network: one transformer with a planner's or a denoiser's head.   In order: shape, blocks, heads, muP."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 ROPE_BASE = 100.0           # slowest wavelength 2 pi * 100 positions: longer than any axis here
 N_CONTEXT = 4               # context tokens per class label
 N_LEVEL_FEATURES = 64
-EMBED_STD = 0.5             # of embeddings, context table and level features: the same at every width
+EMBED_STD = 0.5             # of tokens, places, context and level features: the same at every width
 SHORT = 256                 # keys, on a CPU
 LOGITS_PER_CHUNK = 2**25    # the head sees this many logits at once: 128 MB in float32
 
@@ -33,7 +33,7 @@ class Shape:
         if self.n_embd % self.n_head or self.head_dim % 2:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads of even width")
         if self.head_dim // 2 < len(axes(self.grid)):
-            raise ValueError(f"head width {self.head_dim} has too few pairs for the {len(self.grid)} axes of {self.grid}")
+            raise ValueError(f"head width {self.head_dim} has too few pairs for the axes of grid {self.grid}")
 
     @property
     def head_dim(self):
@@ -50,7 +50,7 @@ def axes(grid):
 
 
 def rope_angles(grid, head_dim):
-    """Rotation of each pair of a head at each token; pairs are shared out evenly among the axes.  -> (N, head_dim / 2)"""
+    """Rotation of each pair of a head at each token; the axes share the pairs evenly.  -> (N, head_dim / 2)"""
     used = axes(grid)
     where = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float32) for n in grid]).view(-1, len(grid))  # (N, axes)
     share = [len(range(i, head_dim // 2, len(used))) for i in range(len(used))]     # pairs per axis
@@ -71,7 +71,7 @@ def norm(x):
 def attend(q, k, v, scale):
     """softmax(q k^T scale) v, heads apart.  q (B, H, N, d), k and v (B, H, S, d)  ->  (B, H, N, d)
 
-    Short sequences on a CPU go through plain matrix products: a step of configs/digits.py takes 0.6 of the fused kernel's time.
+    Short sequences on a CPU go through plain matrix products: 0.6 of the fused kernel's time in a step of digits.
     """
     if q.device.type == "cpu" and k.shape[2] <= SHORT:
         return (q * scale @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
@@ -96,15 +96,16 @@ class Block(nn.Module):
         ck, cv = rearrange(self.context_kv(context), "b s (two h d) -> two b h s d", two=2, h=self.n_head)
         q, k = (rotate(norm(y), cos, sin).to(v.dtype) for y in (q, k))
         own = attend(q, k, v, self.scale)
-        given = attend(norm(c).to(v.dtype), norm(ck).to(v.dtype), cv, self.scale)
+        c = rotate(norm(c), cos, sin).to(v.dtype)                       # the context stands at the grid's origin
+        given = attend(c, norm(ck).to(v.dtype), cv, self.scale)
         own, given = (rearrange(y, "b h n d -> b n (h d)") for y in (own, given))
         return x + self.out(torch.cat([own, given, F.relu(hidden).square()], -1))
 
 
 class Transformer(nn.Module):
-    """net(x, t, label, sites=None): planner -> (B, N) logits of "is noise"; denoiser -> (B, N, V) logits, or (B, K, V) at sites.
+    """net(x, t, label, sites=None): planner -> (B, N) logits; denoiser -> (B, N, V), or (B, K, V) at sites.
 
-    x (B, N) int64 in [0, V], the mask being V;  t (B, 1) or (B, N), read only with `is_told_t`;  label (B,) in [0, n_classes]
+    x (B, N) int64 in [0, V], the mask being V;  t (B, 1) or (B, N), read if is_told_t;  label (B,) in [0, n_classes]
     """
 
     def __init__(self, shape, head, is_told_t=False):
@@ -113,6 +114,7 @@ class Transformer(nn.Module):
         d = shape.n_embd
         self.embed = nn.Embedding(shape.vocab + 1, d)
         self.context = nn.Embedding(shape.n_classes + 1, N_CONTEXT * d)
+        self.place = nn.Embedding(shape.n_tokens, d)                    # RoPE alone cannot find the border
         self.level = nn.Linear(N_LEVEL_FEATURES, d, bias=False) if is_told_t else None
         self.blocks = nn.ModuleList([Block(shape) for _ in range(shape.n_layer)])
         self.readout = nn.Linear(d, {"planner": 1, "denoiser": shape.vocab}[head], bias=False)
@@ -130,7 +132,7 @@ class Transformer(nn.Module):
 
     def hidden(self, x, t, label):
         """The last residual, normalised: what the head reads.  -> (B, N, D)"""
-        h = self.embed(x)                                               # (B, N, D)
+        h = self.embed(x) + self.place.weight                           # (B, N, D)
         if self.is_told_t:
             h = h + self.level(level_features(t))                       # (B, 1, D) or (B, N, D)
         context = norm(self.context(label).view(len(x), N_CONTEXT, -1))
@@ -158,7 +160,7 @@ def level_features(t):
 
 
 def map_logits(net, hidden, fn, *per_token, chunk=None):
-    """fn(logits (n, V), *per_token (n,)) -> (n,) over rows of hidden, so that no more than a chunk of logits exists at a time.
+    """fn(logits (n, V), *per_token (n,)) -> (n,) over rows of hidden; no more than a chunk of logits exists at a time.
 
     hidden (n, D), per_token tensors of n rows -> (n,). More than one chunk: each is recomputed in the backward pass.
     """
@@ -176,11 +178,11 @@ def role(name):
     """What muP calls a parameter: "matrix" (both sides grow with width), "embedding" (one side) or "readout"."""
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
     return {"into": "matrix", "context_kv": "matrix", "out": "matrix", "embed": "embedding", "context": "embedding",
-            "level": "embedding", "readout": "readout"}[module]
+            "place": "embedding", "level": "embedding", "readout": "readout"}[module]
 
 
 def param_groups(net, lr, weight_decay):
-    """AdamW groups, each parameter in exactly one: matrices at lr * base / width, everything else at lr; at base width all at lr.
+    """AdamW groups, each parameter in one: matrices at lr * base / width, the rest at lr; at base width all at lr.
 
     Decay acts on matrices only and scales the other way, so that lr * decay is the same at every width.
     """
@@ -195,7 +197,7 @@ def param_groups(net, lr, weight_decay):
 
 
 def build(shape, kind):
-    """The networks of a run of this kind (Config.kind): a mask denoiser can count its masks, so it is not told t.  -> {name: net}"""
+    """Nets of a run of this kind (config.kind_of); a mask denoiser counts masks, it is not told t.  -> {name: net}"""
     nets = {} if kind == "single" else {"planner": Transformer(shape, "planner")}
     return nets | {"denoiser": Transformer(shape, "denoiser", is_told_t=kind != "maskd")}
 

@@ -1,4 +1,4 @@
-"""States -> PNG, GIF, MP4. Pictures are composed as arrays; text by Pillow, colour map by matplotlib, both imported when used."""
+"""States -> PNG, GIF, MP4.   Pictures are composed as arrays; Pillow, matplotlib and imageio are imported when used."""
 
 import math
 
@@ -18,10 +18,11 @@ def palette(meta):
         rgb = np.repeat(np.linspace(0, 255, vocab)[:, None], 3, 1)
     elif isinstance(kind, list):
         rgb = np.array(kind)
-    else:                                                               # any tokens: a fixed colour for each, far apart in hue
+    else:                                                               # any tokens: a fixed colour for each
         import colorsys
 
-        rgb = np.array([colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.65, 0.55 + 0.4 * (i * 0.7548777 % 1)) for i in range(vocab)]) * 255
+        rgb = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.65, 0.55 + 0.4 * (i * 0.7548777 % 1)) for i in range(vocab)]
+        rgb = np.array(rgb) * 255
     return np.concatenate([rgb, [(90, 60, 140)]]).round().astype(np.uint8)
 
 

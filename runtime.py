@@ -91,7 +91,7 @@ class Stop:
         signal.signal(number, signal.SIG_DFL)
 
     def asked(self):
-        """The signal any rank got, 0 for none: all ranks stop at the same step. A host-side exchange, the GPU is not waited for."""
+        """The signal any rank got, 0 for none: all ranks stop at one step. No GPU is waited for."""
         if self.world.size == 1:
             return self.signal
         flag = torch.tensor(self.signal)
@@ -123,7 +123,7 @@ def digest(tree):
 
 
 def save_checkpoint(folder, state):
-    """Write ckpt.pt whole or not at all; the one before it becomes ckpt_prev.pt. A failed write warns and leaves both.  -> bool"""
+    """Write ckpt.pt whole or not at all; the one before becomes ckpt_prev.pt. A failed write warns.  -> bool"""
     new, last, prev = (Path(folder) / name for name in ("ckpt.tmp", "ckpt.pt", "ckpt_prev.pt"))
     try:
         torch.save({**state, "digest": digest(state)}, new)
@@ -222,4 +222,5 @@ def one_line_errors(*kinds):
     try:
         yield
     except kinds as error:
-        raise SystemExit(f"{type(error).__name__}: {first_line(error)}" if isinstance(error, OSError) else str(error)) from None
+        name = f"{type(error).__name__}: " if isinstance(error, OSError) else ""
+        raise SystemExit(name + first_line(error)) from None

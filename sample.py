@@ -17,7 +17,7 @@ class Flags:
     n_steps: int = 64                       # steps, of two network calls each (one with --nets single)
     seed: int = 0                           # of the noise and every draw
     sampler: Literal["ddpd"] = "ddpd"       # planned denoising
-    schedule: Literal["one", "fixed", "spread", "leap"] = "spread"  # sites per step: 1; k; noise left / steps left; each alone
+    schedule: Literal["one", "fixed", "spread", "leap"] = "spread"  # sites per step: 1; k; noise left over steps left
     k: int = 1                              # sites per step of --schedule fixed, and of --refine
     pick: Literal["proportional", "softmax"] = "proportional"   # choose sites by P(noise), or by its odds
     stop: float = 0.0                       # expected noise tokens under which a sequence is done; 0: spend all steps
@@ -31,7 +31,8 @@ class Flags:
     decoder: str = ""                       # TorchScript file, tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
 
 
-OPTIONS = ("n_steps", "schedule", "k", "pick", "stop", "refine", "temperature", "top_k", "top_p", "guidance", "planner_guidance")
+OPTIONS = ("n_steps", "schedule", "k", "pick", "stop", "refine", "temperature", "top_k", "top_p", "guidance",
+           "planner_guidance")
 
 if __name__ == "__main__":
     flags = config.load(Flags)
@@ -71,10 +72,10 @@ def main(flags):
     n_classes = meta["n_classes"]
     for label in flags.labels:
         if not 0 <= label <= n_classes:
-            raise SystemExit(f"--labels {label}: {flags.run} knows labels 0 to {n_classes - 1}, and {n_classes} for no label")
+            raise SystemExit(f"--labels {label}: {flags.run} knows 0 to {n_classes - 1}, and {n_classes} for no label")
     labels = list(flags.labels) or [min(i, n_classes) for i in range(n_classes if 0 < n_classes <= 10 else 8)]
     if max(flags.guidance, flags.planner_guidance) != 1 and not state["config"]["label_dropout"]:
-        raise SystemExit(f"{flags.run} was trained without label dropout: it has no unlabelled prediction to guide away from")
+        raise SystemExit(f"{flags.run} was trained without label dropout: there is nothing to guide away from")
     decoder = load_decoder(flags.decoder, meta, device) if flags.decoder else None
     nets = model.from_checkpoint(state, kind, device)
 

@@ -42,14 +42,14 @@ class Losses(nn.Module):
         return torch.stack([self.one(self.nets[name], objectives.LOSSES[name], task) for name, task in tasks.items()])
 
     def one(self, net, loss, task):
-        hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1)[task.sites]      # (n, D): only what enters the loss
+        hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1)[task.sites]      # (n, D) that enter the loss
         return model.map_logits(net, hidden, loss, task.target).sum() / max(1, len(hidden))
 
 
 def draw_tasks(cfg, meta, split, order, it, g, n_groups):
     """What the networks learn in micro-batch g of n_groups of iteration `it`.  -> {name: Task} on the host"""
     start, key = (it * n_groups + g) * cfg.batch_size, (it, g)
-    if cfg.overfit:                                                     # the same sequences under the same noise, always
+    if cfg.overfit:                                                     # the same sequences, the same noise
         start %= order.n
         key = (0, start)
     rng = runtime.generator(cfg.seed, NOISE, *key)
@@ -71,13 +71,13 @@ def lr_factor(it, cfg):
 
 @torch.no_grad()
 def validate(cfg, meta, nets, split, device):
-    """Losses of the averaged networks on fixed noise draws, over all and per bin of noise level.  -> {metric: number or list}"""
+    """Losses of the averaged nets on fixed noise draws, over all and per bin of level.  -> {metric: value(s)}"""
     from sklearn.metrics import roc_auc_score
 
     rng, n = runtime.generator(cfg.seed, EVAL), cfg.eval_sequences
     x0, label = (torch.from_numpy(y) for y in split.rows(np.arange(n) % len(split)))
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
-    seen = {name: [] for name in nets}                                  # per network: rows of (t, target, loss, verdict)
+    seen = {name: [] for name in nets}                                  # rows of (t, target, loss, verdict)
     for b in torch.arange(n).split(64):
         tasks = objectives.ddpd(x0[b], t[b], label[b], meta["vocab"], rng, cfg.nets, cfg.denoiser_process)
         for name, task in tasks.items():
@@ -131,14 +131,15 @@ def open_run(cfg, meta, world):
         old, new = state["config"], asdict(cfg)
         for key in cfg.FIXED:
             if old[key] != new[key]:
-                raise SystemExit(f"{folder} was trained with {key} = {old[key]}, not {new[key]}: choose another --out-dir")
+                raise SystemExit(f"{folder} was trained with {key} = {old[key]}, not {new[key]}; "
+                                 "choose another --out-dir")
         for key in ("vocab", "grid", "n_classes"):
             if state["meta"][key] != meta[key]:
                 raise SystemExit(f"{folder} was trained on data with {key} = {state['meta'][key]}, not {meta[key]}")
         was, now = old["grad_accumulation_steps"] * state["world_size"], cfg.grad_accumulation_steps * world.size
         if was != now:
             raise SystemExit(f"{folder} was trained with {was} micro-batches per iteration, not {now}: "
-                             f"set --grad-accumulation-steps to {was / world.size:g}, or change the number of processes")
+                             f"set --grad-accumulation-steps to {was / world.size:g}, or start other processes")
         changed = {k: f"{old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v and k != "out_dir"}
         if changed and world.is_main:
             print(f"{folder} goes on with " + ", ".join(f"{k} {v}" for k, v in changed.items()))
@@ -152,13 +153,14 @@ def say_what(cfg, meta, nets, world):
     """What a reader needs to judge the first numbers."""
     n_tokens = math.prod(meta["grid"])
     per_step = n_tokens * cfg.batch_size * cfg.grad_accumulation_steps * world.size
-    print(f"{meta['name']}: {' x '.join(map(str, meta['grid']))} tokens, V = {meta['vocab']}, {meta['n_classes']} classes; "
-          + ", ".join(f"{k} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for k, net in nets.items()) + " parameters")
+    sizes = ", ".join(f"{k} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for k, net in nets.items())
+    print(f"{meta['name']}: {' x '.join(map(str, meta['grid']))} tokens, V = {meta['vocab']}, "
+          f"{meta['n_classes']} classes; {sizes} parameters")
     print(f"{per_step} tokens per iteration on {world.size} x {world.device.type}, "
           f"{'bfloat16' if runtime.autocast(world.device, cfg.dtype)._enabled else 'float32'}")
     print(f"denoiser CE starts at ln V = {math.log(meta['vocab']):.4f} nats")
     if "planner" in nets:
-        print(f"planner BCE: {processes.BLIND:.4f} nats blind, {processes.LEVEL_ONLY:.4f} reading only the noise level, "
+        print(f"planner BCE: {processes.BLIND:.4f} nats blind, {processes.LEVEL_ONLY:.4f} reading only the level, "
               f"{processes.planner_floor(meta['vocab']):.4f} at best (tokens redrawn as themselves)")
     if world.device.type == "cpu" and n_tokens * cfg.n_embd > 2**17:
         print("warning: this setting takes hours on a CPU; configs/digits.py takes minutes")
@@ -210,7 +212,8 @@ def main(cfg):
     log = runtime.Log(cfg.out_dir, cfg, world)
     if world.is_main:
         say_what(cfg, meta, nets, world)
-        log.write(it, start=True, commit=runtime.commit(), torch=torch.__version__, device=str(world.device), config=asdict(cfg))
+        log.write(it, start=True, commit=runtime.commit(), torch=torch.__version__, device=str(world.device),
+                  config=asdict(cfg))
 
     losses_sum, n_summed = torch.zeros(len(nets), device=world.device), 0
     first_bad = torch.full((), math.inf, device=world.device)           # iteration of the first loss that is not finite
@@ -225,7 +228,8 @@ def main(cfg):
             mean /= world.size
         if bad.isfinite():
             raise SystemExit(f"a loss of {cfg.out_dir} is not finite at iteration {int(bad)} "
-                             f"({', '.join(f'{k} {v:.4g}' for k, v in zip(nets, mean.tolist(), strict=True))}): lower the lr; "
+                             f"({', '.join(f'{k} {v:.4g}' for k, v in zip(nets, mean.tolist(), strict=True))}): "
+                             "lower the lr; "
                              "the last checkpoint is untouched")
         losses_sum.zero_()
         n_summed = 0
@@ -236,7 +240,8 @@ def main(cfg):
         if world.is_main:
             runtime.save_checkpoint(cfg.out_dir, dict(
                 it=it, config=asdict(cfg), meta=meta, world_size=world.size,
-                nets={k: net.state_dict() for k, net in nets.items()}, ema={k: net.state_dict() for k, net in ema.items()},
+                nets={k: net.state_dict() for k, net in nets.items()},
+                ema={k: net.state_dict() for k, net in ema.items()},
                 optimizers={k: o.state_dict() for k, o in optimizers.items()}))
 
     bar = tqdm(total=cfg.max_iters, initial=it, disable=not world.is_main, dynamic_ncols=True, unit="it", mininterval=1)
@@ -273,7 +278,8 @@ def main(cfg):
             train_s += now - clock
             rate = (it - clock_it) * n_groups * cfg.batch_size * shape.n_tokens / (now - clock)
             clock, clock_it = now, it
-            log.write(it, **{f"{k}_loss": round(v, 5) for k, v in means.items()}, lr_factor=round(lr_factor(it - 1, cfg), 5),
+            log.write(it, **{f"{k}_loss": round(v, 5) for k, v in means.items()},
+                      lr_factor=round(lr_factor(it - 1, cfg), 5),
                       tokens_per_s=round(rate), train_s=round(train_s, 2))
             bar.set_postfix_str(", ".join(f"{k} {v:.3f}" for k, v in means.items()) + f", {rate:.0f} tokens/s")
         if signal or is_last or (cfg.save_interval and it % cfg.save_interval == 0):
@@ -289,7 +295,8 @@ def main(cfg):
             draw_samples(cfg, meta, ema, world.device, Path(cfg.out_dir) / "samples.png")
             log.write(it, **scores)
             log.image(it, "samples", Path(cfg.out_dir) / "samples.png")
-            bar.write(f"{it:>6}: " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items() if "bins" not in k))
+            bar.write(f"{it:>6}: " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items()
+                                               if "bins" not in k))
             clock = time.perf_counter()                                 # tokens/s leaves validation out
     bar.close()
     log.close()

@@ -5,4 +5,4 @@ n_layer = 4
 n_head = 2              # head width 64: narrower ones are slower on a CPU
 n_embd = 128
 batch_size = 64
-max_iters = 900
+max_iters = 800

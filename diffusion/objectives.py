@@ -1,4 +1,4 @@
-"""What each network learns.   A task is made on the host, where its shapes are known, so no training step waits for the device."""
+"""What each network learns.   Tasks are made on the host, where shapes are known: no step waits for the device."""
 
 from typing import NamedTuple
 
@@ -29,14 +29,14 @@ def planner_task(x0, t, label, vocab, generator):
 
 
 def denoiser_task(x0, t, label, vocab, generator, process, tokens="noise"):
-    """What was this token?   at noise tokens ("noise": prediction from the others) or everywhere ("all": from itself too)"""
+    """What was this token?   tokens: "noise" predicts from the others, "all" from the token itself too"""
     xt, is_noise = corrupt(x0, t, process, vocab, generator)
     sites = is_noise.flatten().nonzero()[:, 0] if tokens == "noise" else torch.arange(x0.numel())
     return Task(xt, t, label, sites, x0.flatten()[sites])
 
 
 def ddpd(x0, t, label, vocab, generator, nets, denoiser_process):
-    """Planned denoising: BCE of the planner + CE of the denoiser.  x0 (B, N), t (B, 1), label (B,)  ->  {net name: Task}"""
+    """Planned denoising: BCE of the planner + CE of the denoiser.  x0 (B, N), t (B, 1), label (B,)  ->  {name: Task}"""
     if nets == "single":
         return {"denoiser": denoiser_task(x0, t, label, vocab, generator, "uniform", "all")}
     return {"planner": planner_task(x0, t, label, vocab, generator),
@@ -44,7 +44,7 @@ def ddpd(x0, t, label, vocab, generator, nets, denoiser_process):
 
 
 def drop_labels(label, null_label, share, generator):
-    """Replace a share of the labels by the null class, for classifier-free guidance (arXiv:2207.12598).  (B,) -> (B,)"""
+    """Replace a share of labels by the null class, for classifier-free guidance (arXiv:2207.12598).  (B,) -> (B,)"""
     return torch.where(torch.rand(label.shape, generator=generator) < share, null_label, label)
 
 

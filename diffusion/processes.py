@@ -1,4 +1,4 @@
-"""Forward processes: what noise does to tokens.   t in [0, 1] is the noise level, 0 data, 1 noise, broadcast to (B, N)."""
+"""Forward processes: what noise does to tokens.   t in [0, 1] is the noise level: 0 data, 1 noise; (B, 1) or (B, N)."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def fates(t, process, p_uniform=0.1):
-    """P(keep), P(mask), P(redrawn uniformly) of a token at noise level t; they sum to 1.   hybrid: arXiv:2503.04482, gamma = 1"""
+    """P(keep), P(mask), P(redrawn uniformly) of a token at level t; they sum to 1.   hybrid: arXiv:2503.04482"""
     zero = torch.zeros_like(t)
     if process == "uniform":
         return 1 - t, zero, t
@@ -37,7 +37,7 @@ def stratified_t(n, generator, device="cpu"):
 
 
 def planner_floor(vocab):
-    """Least planner BCE in nats, x0 known: a token redrawn as itself cannot be told from one that was kept.   Midpoint rule"""
+    """Least planner BCE in nats, even with x0 known: a token redrawn as itself looks like one that was kept."""
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     looks_clean = 1 - t + t / vocab
     p = t / vocab / looks_clean                                         # P(noise | looks clean)
@@ -46,7 +46,7 @@ def planner_floor(vocab):
 
 
 BLIND = math.log(2)         # planner BCE in nats of a constant 1/2
-LEVEL_ONLY = 0.5            # planner BCE in nats of one that reads only the noise level: the mean entropy of a coin of bias t
+LEVEL_ONLY = 0.5            # planner BCE in nats of one that reads only the level: mean entropy of a coin of bias t
 
 
 def from_self(probs, x, t):

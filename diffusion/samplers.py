@@ -1,6 +1,6 @@
-"""Samplers: generators that yield a State after each step, so a video is a `for` and any callable can stand in for a network.
+"""Samplers: generators that yield a State after each step: a video is a `for`, and any callable can stand in for a net.
 
-Networks are net(x, t, label, sites=None): planner -> (B, N) logits; denoiser -> (B, N, V) logits, or (B, K, V) at sites (B, K).
+Nets are net(x, t, label, sites=None): planner -> (B, N) logits; denoiser -> (B, N, V) logits, or (B, K, V) at sites.
 """
 
 import math
@@ -32,7 +32,7 @@ def check_fit(kind, sampler):
 
 
 def guided(net, x, t, label, sites, guidance, null_label):
-    """unconditional + guidance * (conditional - unconditional), both in one batch (arXiv:2207.12598).  -> logits, calls"""
+    """unlabelled + guidance * (labelled - unlabelled), both in one batch (arXiv:2207.12598).  -> logits, calls"""
     if guidance == 1.0:
         return net(x, t, label, sites), 1
     twice = [torch.cat([y, y]) if y is not None else None for y in (x, t, sites)]
@@ -49,7 +49,7 @@ def sharpen(logits, temperature, top_k, top_p):
     probs = logits.softmax(-1)
     if top_p < 1:
         sorted_p, order = probs.sort(-1, descending=True)
-        drop = sorted_p.cumsum(-1) - sorted_p >= top_p                  # the first token past top_p is the last one kept
+        drop = sorted_p.cumsum(-1) - sorted_p >= top_p                  # the first one to reach top_p is kept
         probs = probs.masked_fill(drop.scatter(-1, order, drop), 0)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
@@ -61,7 +61,7 @@ def draw(probs, generator):
 
 
 def first_by(weight, generator):
-    """Keys whose descending order is a draw without replacement in proportion to weight; zero weight comes last, with key 0.
+    """Keys whose descending order is a draw without replacement in proportion to weight; zero weight has key 0.
 
     An exponential race in float64: float32 would cut its tails.  (b, N) -> (b, N)
     """
@@ -73,20 +73,20 @@ def first_by(weight, generator):
 def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", k=1, pick="proportional",
          denoiser_process="uniform", vocab=None, known=None, stop=0.0, refine=0, temperature=1.0, top_k=0, top_p=1.0,
          guidance=1.0, planner_guidance=1.0, null_label=None):
-    """Planned denoising (arXiv:2410.06264, alg. 1): ask the planner where noise is, choose sites, let the denoiser write them.
+    """Planned denoising (arXiv:2410.06264, alg. 1): the planner says where noise is, the denoiser what it should be.
 
     x (B, N) int64 of uniform noise, label (B,)  ->  yields State, n_steps + refine of them, fewer where all stop early.
-    planner    None: the denoiser is a self-prediction on uniform noise and serves as both, in one call (processes.from_self)
+    planner    None: the denoiser is a self-prediction on uniform noise and serves as both in one call (from_self)
     schedule   how many sites: "one"; "fixed" k; "spread" expected noise left over steps left, rounded up;
-               "leap" each site by itself with probability p_noise (t - s)/t on a fixed clock, exact as steps go to infinity
+               "leap" each site by itself, with probability p_noise (t - s)/t on a fixed clock: exact for many steps
     pick       which sites: in proportion to p_noise, or to its odds ("softmax" of the logits)
     denoiser_process  "mask": it reads x with every token masked (id vocab) that a Bernoulli(p_noise) draw calls noise
     known      (B, N) bool, tokens that are never written; they count as neither noise nor data
     stop       expected number of noise tokens under which a sequence is done; 0: it spends all its steps
     refine     further steps of k sites after n_steps, for all sequences; each sharpens the law
     """
-    check_ddpd(planner, n_steps=n_steps, schedule=schedule, k=k, pick=pick, denoiser_process=denoiser_process, vocab=vocab,
-               stop=stop, refine=refine, temperature=temperature, top_k=top_k, top_p=top_p,
+    check_ddpd(planner, n_steps=n_steps, schedule=schedule, k=k, pick=pick, denoiser_process=denoiser_process,
+               vocab=vocab, stop=stop, refine=refine, temperature=temperature, top_k=top_k, top_p=top_p,
                is_guided=guidance != 1 or planner_guidance != 1, null_label=null_label)
     x = x.clone()
     free = torch.ones_like(x, dtype=torch.bool) if known is None else ~known
@@ -121,7 +121,7 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
         # 2. choose: keys in the order of choice, n_sites of them per sequence
         is_noise = torch.rand(p.shape, generator=generator, device=p.device) < p
         if is_leap:
-            leaps = is_noise & (torch.rand(p.shape, generator=generator, device=p.device) < 1 / (n_steps - step))  # (t-s)/t
+            leaps = is_noise & (torch.rand(p.shape, generator=generator, device=p.device) < 1 / (n_steps - step))
             keys, n_sites = leaps.double(), leaps.sum(1)
         else:
             keys = first_by(p if pick == "proportional" else p / (1 - p).clamp_min(1e-12), generator)
@@ -146,7 +146,7 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
             new = draw(sharpen(logits.float(), temperature, top_k, top_p), generator)           # (b, K)
             x[rows] = x[rows].scatter(1, sites, torch.where(chosen, new, x[rows].gather(1, sites)))
             written[rows] = where
-            t[rows] = ((p[busy] * ~where).sum(1, keepdim=True) / n_free[busy]).clamp(T_MIN, T_MAX)  # what is left after it
+            t[rows] = ((p[busy] * ~where).sum(1, keepdim=True) / n_free[busy]).clamp(T_MIN, T_MAX)  # what is left
         yield State(x.clone(), p_noise.clone(), written, now_t[:, 0], nfe.clone())
         step = n_steps if is_main and done.all() else step + 1
 
@@ -167,7 +167,8 @@ def check_ddpd(planner, *, n_steps, schedule, k, pick, denoiser_process, vocab, 
         if value not in choices:
             raise ValueError(f"{name} is {value!r}, not one of {', '.join(choices)}")
     for name, value, is_good, rule in [("n_steps", n_steps, n_steps >= 1, "at least 1"), ("k", k, k >= 1, "at least 1"),
-                                       ("stop", stop, stop >= 0, "not negative"), ("top_k", top_k, top_k >= 0, "not negative"),
+                                       ("stop", stop, stop >= 0, "not negative"),
+                                       ("top_k", top_k, top_k >= 0, "not negative"),
                                        ("refine", refine, refine >= 0, "not negative"),
                                        ("temperature", temperature, temperature > 0, "above 0"),
                                        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]")]:
@@ -182,10 +183,10 @@ def check_ddpd(planner, *, n_steps, schedule, k, pick, denoiser_process, vocab, 
 
 
 def run(sampler, kind, nets, label, *, meta, generator, **options):
-    """Sample a run's networks from pure noise.   kind: key of FITS; nets {name: net}; label (B,); meta: the data's  -> yields State"""
+    """Sample a run's nets from pure noise.   kind: key of FITS; label (B,); meta: the data's  ->  yields State"""
     check_fit(kind, sampler)
     vocab, shape = meta["vocab"], (len(label), math.prod(meta["grid"]))
     x = torch.randint(vocab, shape, generator=generator, device=label.device)
     process = "mask" if kind == "maskd" else "uniform"
-    yield from ddpd(nets.get("planner"), nets["denoiser"], x, label, generator=generator, denoiser_process=process, vocab=vocab,
-                    null_label=meta["n_classes"], **options)
+    yield from ddpd(nets.get("planner"), nets["denoiser"], x, label, generator=generator, vocab=vocab,
+                    denoiser_process=process, null_label=meta["n_classes"], **options)

@@ -1,4 +1,4 @@
-"""1,797 real handwritten digits, 8x8 pixels of 17 grey levels (Alpaydin and Kaynak, UCI 1998), as scikit-learn carries them."""
+"""1,797 real handwritten digits, 8x8 pixels of 17 grey levels (Alpaydin, Kaynak, UCI 1998), carried by scikit-learn."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ def folder_name(image_size, levels):
 
 
 def make(image_size=0, levels=0):
-    """Native, or resized and re-quantised.  -> meta, {split: (tokens (n, S, S), labels (n,))}, one shuffled tenth held out"""
+    """Native, or resized and re-quantised.  -> meta, {split: (tokens (n, S, S), labels (n,))}; a tenth is held out"""
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

@@ -29,8 +29,31 @@ def rng():
 
 def script(*args, **kwargs):
     """Run one of the repository's scripts as a user would.  -> CompletedProcess"""
-    return subprocess.run([sys.executable, ROOT / args[0], *map(str, args[1:])], capture_output=True, text=True, **kwargs)
+    command = [sys.executable, ROOT / args[0], *map(str, args[1:])]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
-TINY = ["--image-size", "8", "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--base-width", "16", "--batch-size", "4",
-        "--warmup-iters", "2", "--eval-interval", "0", "--save-interval", "0", "--log-interval", "1", "--eval-sequences", "20"]
+TINY = [
+    "--image-size",
+    "8",
+    "--n-layer",
+    "1",
+    "--n-head",
+    "1",
+    "--n-embd",
+    "16",
+    "--base-width",
+    "16",
+    "--batch-size",
+    "4",
+    "--warmup-iters",
+    "2",
+    "--eval-interval",
+    "0",
+    "--save-interval",
+    "0",
+    "--log-interval",
+    "1",
+    "--eval-sequences",
+    "20",
+]

@@ -29,8 +29,15 @@ def batch(rng, n=5):
 def test_losses_at_initialisation(kind, rng):
     """The planner starts at ln 2, the denoiser at ln V: heads start at zero."""
     x0, t, label = batch(rng)
-    tasks = objectives.ddpd(x0, t, label, SHAPE.vocab, rng, "single" if kind == "single" else "pair",
-                            "mask" if kind == "maskd" else "uniform")
+    tasks = objectives.ddpd(
+        x0,
+        t,
+        label,
+        SHAPE.vocab,
+        rng,
+        "single" if kind == "single" else "pair",
+        "mask" if kind == "maskd" else "uniform",
+    )
     nets = build(SHAPE, kind)
     assert nets.keys() == tasks.keys()
     for name, task in tasks.items():
@@ -49,7 +56,7 @@ def test_forms_of_a_net(rng):
     full = net(x, t, label)
     assert full.shape == (5, 24, 11)
     assert torch.allclose(net(x, t, label, sites), full[:, [3, 0, 23]], atol=1e-5)
-    assert torch.allclose(net(x, t.expand(5, 24), label), full, atol=1e-5)      # one level per token, all equal
+    assert torch.allclose(net(x, t.expand(5, 24), label), full, atol=1e-5)  # one level per token, all equal
     assert not torch.allclose(net(x, 1 - t, label), full, atol=1e-3)
     assert not torch.allclose(net(x, t, (label + 1) % 3), full, atol=1e-3)
     blind = awake(Transformer(SHAPE, "denoiser"))
@@ -63,14 +70,14 @@ def test_rope_scores_depend_on_displacement_only(grid, rng):
     q, k = torch.randn(2, 32, generator=rng, dtype=torch.float64)
     n = math.prod(grid)
     turned_q, turned_k = (rotate(y.expand(1, 1, n, 32), angles.cos(), angles.sin())[0, 0] for y in (q, k))
-    scores = turned_q @ turned_k.T                                              # (N, N)
+    scores = turned_q @ turned_k.T  # (N, N)
     where = torch.cartesian_prod(*[torch.arange(s) for s in grid])
-    moves = (where[None] - where[:, None]).flatten(0, 1)                        # (N * N, axes)
+    moves = (where[None] - where[:, None]).flatten(0, 1)  # (N * N, axes)
     _, kind = moves.unique(dim=0, return_inverse=True)
     first = torch.zeros(int(kind.max()) + 1, dtype=torch.float64).scatter(0, kind, scores.flatten())
     assert torch.allclose(first[kind], scores.flatten(), atol=1e-4)
     for axis in range(len(grid)):
-        one = moves.abs().sum(1).eq(1) & moves[:, axis].eq(1)                   # a step along this axis
+        one = moves.abs().sum(1).eq(1) & moves[:, axis].eq(1)  # a step along this axis
         if one.any():
             assert (scores.flatten()[one][0] - scores[0, 0]).abs() > 1e-3
 
@@ -92,7 +99,7 @@ def test_both_attentions_are_one_function(n_keys, rng):
 
 
 def test_every_parameter_is_in_one_group(rng):
-    """At base width every group's lr is the flag; at twice the width matrices train at half of it, lr * decay unchanged."""
+    """At base width every group's lr is the flag; at twice the width matrices train at half; lr * decay is the same."""
     for kind in ("planner", "denoiser"):
         for width in (32, 64):
             net = Transformer(replace(SHAPE, n_embd=width), kind, is_told_t=True)
@@ -122,5 +129,5 @@ def test_map_logits_is_the_plain_head(chunk, rng):
 
 
 def test_a_width_that_its_heads_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="n_embd 30.*n_head 4"):
+    with pytest.raises(ValueError, match=r"n_embd 30.*n_head 4"):
         replace(SHAPE, n_embd=30, n_head=4)

@@ -7,23 +7,36 @@ from diffusion import processes
 from diffusion.processes import corrupt, fates
 
 
-@pytest.mark.parametrize("process, expected", [
-    ("uniform", lambda t: (1 - t, 0, t)), ("mask", lambda t: (1 - t, t, 0)),
-    ("hybrid", lambda t: [y / (1 + 0.5 * math.sqrt(t * (1 - t))) for y in (1 - t, t, 0.5 * math.sqrt(t * (1 - t)))])])
+@pytest.mark.parametrize(
+    "process, expected",
+    [
+        ("uniform", lambda t: (1 - t, 0, t)),
+        ("mask", lambda t: (1 - t, t, 0)),
+        (
+            "hybrid",
+            lambda t: [y / (1 + 0.5 * math.sqrt(t * (1 - t))) for y in (1 - t, t, 0.5 * math.sqrt(t * (1 - t)))],
+        ),
+    ],
+)
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_rates(process, expected, t, rng):
     """Fates are those of the formula, sum to 1, and are the frequencies at which corrupt() keeps, masks and redraws."""
     n, vocab = 400_000, 7
-    want = expected(t)                                                          # hybrid at p_uniform .2: B = .5
+    want = expected(t)  # hybrid at p_uniform .2: B = .5
     got = [y.item() for y in fates(torch.tensor(t, dtype=torch.float64), process, 0.2)]
     assert got == pytest.approx(want) and sum(got) == pytest.approx(1)
     x0 = torch.full((1, n), 3)
     xt, is_noise = corrupt(x0, torch.tensor([[t]]), process, vocab, rng, 0.2)
     keep, mask, uniform = want
-    for event, p in [(is_noise, 1 - keep), (xt == vocab, mask), ((xt == 3) & is_noise, uniform / vocab),
-                     (xt == 3, keep + uniform / vocab), (xt == 6, uniform / vocab)]:
+    for event, p in [
+        (is_noise, 1 - keep),
+        (xt == vocab, mask),
+        ((xt == 3) & is_noise, uniform / vocab),
+        (xt == 3, keep + uniform / vocab),
+        (xt == 6, uniform / vocab),
+    ]:
         assert event.float().mean().item() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n) + 1e-9)
-    assert ((xt != x0) <= is_noise).all()                                       # what changed is noise
+    assert ((xt != x0) <= is_noise).all()  # what changed is noise
 
 
 def test_level_per_token(rng):

@@ -6,12 +6,11 @@ from diffusion import samplers
 from diffusion.processes import corrupt, from_self
 from diffusion.samplers import ddpd
 
-N_LAW = 100_000         # sampling alone puts the 27-state law this far: about .007
+N_LAW = 100_000  # sampling alone puts the 27-state law this far: about .007
 
 
 def finish(steps):
-    for state in steps:
-        pass
+    *_, state = steps
     return state
 
 
@@ -32,21 +31,31 @@ class Truth:
 
 
 @pytest.mark.parametrize("process", ["uniform", "mask"])
-@pytest.mark.parametrize("options", [
-    dict(schedule="one", n_steps=12), dict(schedule="fixed", k=5, n_steps=3), dict(schedule="spread", n_steps=5),
-    dict(schedule="spread", n_steps=1), dict(schedule="leap", n_steps=7), dict(schedule="one", pick="softmax", n_steps=12)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(schedule="one", n_steps=12),
+        dict(schedule="fixed", k=5, n_steps=3),
+        dict(schedule="spread", n_steps=5),
+        dict(schedule="spread", n_steps=1),
+        dict(schedule="leap", n_steps=7),
+        dict(schedule="one", pick="softmax", n_steps=12),
+    ],
+)
 def test_oracles_recover_x0(options, process, rng):
     """A planner that knows the noise and a denoiser that knows x0 reach x0; anything left is the sampler's fault."""
     x0, label = torch.randint(50, (6, 12), generator=rng), torch.arange(6)
     truth = Truth(x0, 50)
     x = torch.randint(50, (6, 12), generator=rng)
     before, start = x.clone(), x.clone()
-    for state in ddpd(truth.planner, truth.denoiser, x, label, generator=rng, denoiser_process=process, vocab=50, **options):
-        assert torch.equal(state.x[~state.written], before[~state.written])     # only written sites change
-        assert not state.written[before == x0].any()                            # and only noise is written
+    for state in ddpd(
+        truth.planner, truth.denoiser, x, label, generator=rng, denoiser_process=process, vocab=50, **options
+    ):
+        assert torch.equal(state.x[~state.written], before[~state.written])  # only written sites change
+        assert not state.written[before == x0].any()  # and only noise is written
         before = state.x
     assert torch.equal(state.x, x0)
-    assert torch.equal(x, start)                                                # the caller's tensor is left alone
+    assert torch.equal(x, start)  # the caller's tensor is left alone
 
 
 def test_known_tokens_are_never_written(rng):
@@ -63,8 +72,18 @@ def test_known_tokens_are_never_written(rng):
 
     for options in (dict(schedule="spread"), dict(schedule="leap"), dict(schedule="fixed", k=9, refine=3)):
         for process in ("uniform", "mask"):
-            for state in ddpd(planner, denoiser, x, torch.zeros(4, dtype=torch.long), n_steps=6, generator=rng, known=known,
-                              vocab=5, denoiser_process=process, **options):
+            for state in ddpd(
+                planner,
+                denoiser,
+                x,
+                torch.zeros(4).long(),
+                n_steps=6,
+                generator=rng,
+                known=known,
+                vocab=5,
+                denoiser_process=process,
+                **options,
+            ):
                 assert torch.equal(state.x[known], x[known]) and not (state.written & known).any()
                 assert (state.p_noise[known] == 0).all() and len(state.x) == 4
         assert (state.x != x)[1:].any()
@@ -74,17 +93,29 @@ def test_nfe_counts_every_call(rng):
     """Planner and denoiser count 1 each, a guided call 2, a sequence that is done none."""
     x0, label = torch.randint(50, (3, 12), generator=rng), torch.arange(3)
     x = torch.randint(50, (3, 12), generator=rng)
-    x[0, 2:] = x0[0, 2:]                                                        # two sites of noise at most, then done
+    x[0, 2:] = x0[0, 2:]  # two sites of noise at most, then done
     truth = Truth(x0, 50)
     states = list(ddpd(truth.planner, truth.denoiser, x, label, n_steps=12, generator=rng, schedule="one", stop=0.5))
     n_noise = (x != x0).sum(1)
-    assert torch.equal(states[-1].nfe, 2 * n_noise + (n_noise < 12))            # the last look of a planner finds nothing
+    assert torch.equal(states[-1].nfe, 2 * n_noise + (n_noise < 12))  # the last look finds nothing
     assert truth.calls == states[-1].nfe.max()
-    state = finish(ddpd(truth.planner, truth.denoiser, x[1:], label[1:], n_steps=4, generator=rng, guidance=2.0,
-                        planner_guidance=1.0, null_label=0))
+    state = finish(
+        ddpd(
+            truth.planner,
+            truth.denoiser,
+            x[1:],
+            label[1:],
+            n_steps=4,
+            generator=rng,
+            guidance=2.0,
+            planner_guidance=1.0,
+            null_label=0,
+        )
+    )
     assert state.nfe.tolist() == [12, 12]
-    assert finish(ddpd(None, lambda x, t, label, sites=None: torch.zeros(*x.shape, 50), x, label, n_steps=4,
-                       generator=rng)).nfe.tolist() == [4, 4, 4]
+    assert finish(
+        ddpd(None, lambda x, t, label, sites=None: torch.zeros(*x.shape, 50), x, label, n_steps=4, generator=rng)
+    ).nfe.tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize("process", ["uniform", "mask"])
@@ -94,9 +125,27 @@ def test_one_site_at_a_time_has_the_law_of_the_data(process, rng):
 
     def distance(planner, n=N_LAW):
         x = torch.randint(2000, (n, 3), generator=rng)
-        batches = zip(x.split(5000), torch.zeros(n, dtype=torch.long).split(5000), strict=True)     # V = 2,000 is wide
-        return world.distance(torch.cat([finish(ddpd(planner, world.denoiser, *batch, n_steps=4, generator=rng, schedule="one",
-                              stop=0.5, denoiser_process=process, vocab=2000)).x for batch in batches]))
+        batches = zip(x.split(5000), torch.zeros(n, dtype=torch.long).split(5000), strict=True)  # V = 2,000 is wide
+        return world.distance(
+            torch.cat(
+                [
+                    finish(
+                        ddpd(
+                            planner,
+                            world.denoiser,
+                            *batch,
+                            n_steps=4,
+                            generator=rng,
+                            schedule="one",
+                            stop=0.5,
+                            denoiser_process=process,
+                            vocab=2000,
+                        )
+                    ).x
+                    for batch in batches
+                ]
+            )
+        )
 
     assert distance(world.planner) < 0.05
     if process == "uniform":
@@ -107,8 +156,11 @@ def test_leap_has_the_law_of_the_data(rng):
     """On a fixed clock planner times denoiser is the exact reverse process; a constant planner is not."""
     world, label = dense(), torch.zeros(N_LAW, dtype=torch.long)
     x = torch.randint(3, (N_LAW, 3), generator=rng)
-    for planner, low, high in [(Table(world, world.planner), 0, 0.02), (lambda x, t, l, s=None: torch.zeros(x.shape), 0.05, 1)]:
-        state = finish(ddpd(planner, Table(world, world.denoiser), x, label, n_steps=512, generator=rng, schedule="leap"))
+    constant = lambda x, t, label, sites=None: torch.zeros(x.shape)  # noqa: E731
+    for planner, low, high in [(Table(world, world.planner), 0, 0.02), (constant, 0.05, 1)]:
+        state = finish(
+            ddpd(planner, Table(world, world.denoiser), x, label, n_steps=512, generator=rng, schedule="leap")
+        )
         assert low <= world.distance(state.x) < high
 
 
@@ -135,6 +187,7 @@ def test_truncation():
 
 def test_guidance_moves_along_the_difference_of_labelled_and_unlabelled(rng):
     """logits = unlabelled + guidance (labelled - unlabelled), at the sites asked for."""
+
     def net(x, t, label, sites=None):
         return label[:, None].float().expand(x.shape)
 
@@ -143,19 +196,43 @@ def test_guidance_moves_along_the_difference_of_labelled_and_unlabelled(rng):
     assert calls == 2 and logits[:, 0].tolist() == [10 + 3 * (4 - 10), 10 + 3 * (5 - 10)]
 
 
-@pytest.mark.parametrize("bad, name", [
-    (dict(schedule="two"), "schedule"), (dict(pick="worst"), "pick"), (dict(n_steps=0), "n_steps"), (dict(top_p=0.0), "top_p"),
-    (dict(temperature=0.0), "temperature"), (dict(guidance=2.0), "null_label"), (dict(denoiser_process="mask"), "vocab"),
-    (dict(k=0), "k"), (dict(stop=-1.0), "stop"), (dict(refine=-1), "refine"), (dict(denoiser_process="hybrid"), "denoiser_process")])
+@pytest.mark.parametrize(
+    "bad, name",
+    [
+        (dict(schedule="two"), "schedule"),
+        (dict(pick="worst"), "pick"),
+        (dict(n_steps=0), "n_steps"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(guidance=2.0), "null_label"),
+        (dict(denoiser_process="mask"), "vocab"),
+        (dict(k=0), "k"),
+        (dict(stop=-1.0), "stop"),
+        (dict(refine=-1), "refine"),
+        (dict(denoiser_process="hybrid"), "denoiser_process"),
+    ],
+)
 def test_arguments_that_mean_nothing_are_refused_by_name(bad, name, rng):
     world, x = dense(), torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match=name):
-        finish(ddpd(world.planner, world.denoiser, x, torch.zeros(1, dtype=torch.long), **({"n_steps": 1, "generator": rng} | bad)))
+        finish(
+            ddpd(world.planner, world.denoiser, x, torch.zeros(1).long(), **({"n_steps": 1, "generator": rng} | bad))
+        )
 
 
 def test_a_misfit_of_sampler_and_denoiser_is_refused(rng):
     with pytest.raises(ValueError, match="maskd"):
         samplers.check_fit("maskd", "self_correct")
     with pytest.raises(ValueError, match="its own planner"):
-        finish(ddpd(None, dense().denoiser, torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long), n_steps=1,
-                    generator=rng, denoiser_process="mask", vocab=3))
+        finish(
+            ddpd(
+                None,
+                dense().denoiser,
+                torch.zeros(1, 3).long(),
+                torch.zeros(1).long(),
+                n_steps=1,
+                vocab=3,
+                generator=rng,
+                denoiser_process="mask",
+            )
+        )

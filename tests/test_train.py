@@ -39,9 +39,11 @@ def assert_same(a, b):
         assert runtime.digest(a[part]) == runtime.digest(b[part])
 
 
-@pytest.mark.parametrize("flags", [[], ["--nets", "single", "--denoiser-process", "uniform"], ["--denoiser-process", "uniform"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--nets", "single", "--denoiser-process", "uniform"], ["--denoiser-process", "uniform"]]
+)
 def test_interrupted_by_a_signal_is_not_interrupted_at_all(flags):
-    """SIGTERM saves; the same command goes on; weights, averages and optimizer equal the undisturbed run's, bit for bit."""
+    """SIGTERM saves; the same command goes on; all that was trained equals the undisturbed run's, bit for bit."""
     n = 150
     args = [*TINY, "--dtype", "float32", "--max-iters", n, *flags]
     assert script("train_ddpd.py", *args, "--out-dir", "out/whole").returncode == 0
@@ -66,8 +68,27 @@ def test_interrupted_by_a_signal_is_not_interrupted_at_all(flags):
 
 def test_one_batch_overfits(capsys):
     """With noise and levels held fixed, both losses on four sequences go to near zero."""
-    train_ddpd.main(tiny("overfit", "--overfit", 4, "--max-iters", 300, "--n-embd", 64, "--base-width", 64, "--n-layer", 2,
-                         "--planner-lr", 1e-2, "--denoiser-lr", 1e-2, "--log-interval", 10))
+    train_ddpd.main(
+        tiny(
+            "overfit",
+            "--overfit",
+            4,
+            "--max-iters",
+            300,
+            "--n-embd",
+            64,
+            "--base-width",
+            64,
+            "--n-layer",
+            2,
+            "--planner-lr",
+            1e-2,
+            "--denoiser-lr",
+            1e-2,
+            "--log-interval",
+            10,
+        )
+    )
     last = [row for row in log_of("overfit") if "tokens_per_s" in row][-1]
     assert last["planner_loss"] < 0.01 and last["denoiser_loss"] < 0.01
 
@@ -81,11 +102,12 @@ def test_micro_steps_are_one_large_batch_in_two(monkeypatch):
     for it, g in [(0, 0), (0, 1), (1, 0)]:
         task = train_ddpd.draw_tasks(cfg, meta, splits["train"], order, it, g, 2)["planner"]
         seen[it, g] = task
-        again = train_ddpd.draw_tasks(cfg, meta, splits["train"], data.Order(len(splits["train"]), 0), it, g, 2)["planner"]
+        other = data.Order(len(splits["train"]), 0)
+        again = train_ddpd.draw_tasks(cfg, meta, splits["train"], other, it, g, 2)["planner"]
         assert all(torch.equal(a, b) for a, b in zip(task, again, strict=True))
     assert not torch.equal(seen[0, 0].t, seen[0, 1].t) and not torch.equal(seen[0, 0].t, seen[1, 0].t)
     index = order.take(0, len(splits["train"]))
-    assert np.array_equal(np.sort(index), np.arange(len(index)))                # an epoch visits each sequence once
+    assert np.array_equal(np.sort(index), np.arange(len(index)))  # an epoch visits each sequence once
     assert np.array_equal(order.take(4, 4), index[4:8])
 
 
@@ -122,6 +144,7 @@ def test_two_processes_train_and_stop_together():
 
 # Bad input
 
+
 def refusal(cfg):
     with pytest.raises(SystemExit) as error:
         train_ddpd.main(cfg)
@@ -157,16 +180,24 @@ def test_another_shape_or_data_is_refused_by_name(copy, flag, value):
 
 
 def test_other_lr_and_length_are_applied_and_said(copy, capsys):
-    train_ddpd.main(tiny(copy.name, "--max-iters", 4, "--planner-lr", 1e-4, "--weight-decay", 0.5, "--eval-interval", 3))
+    train_ddpd.main(
+        tiny(copy.name, "--max-iters", 4, "--planner-lr", 1e-4, "--weight-decay", 0.5, "--eval-interval", 3)
+    )
     said = capsys.readouterr().out
     assert "planner_lr 0.001 -> 0.0001" in said and "max_iters 2 -> 4" in said
     state = weights(copy.name)
     assert state["it"] == 4 and state["optimizers"]["planner"]["param_groups"][0]["weight_decay"] == 0.5
 
 
-@pytest.mark.parametrize("spoil, word", [
-    (lambda b: b[: len(b) // 2], "cannot be read"), (lambda b: b"", "cannot be read"), (lambda b: b"hello", "cannot be read"),
-    (lambda b: b[:40_000] + bytes([b[40_000] ^ 1]) + b[40_001:], "ckpt.pt")])
+@pytest.mark.parametrize(
+    "spoil, word",
+    [
+        (lambda b: b[: len(b) // 2], "cannot be read"),
+        (lambda b: b"", "cannot be read"),
+        (lambda b: b"hello", "cannot be read"),
+        (lambda b: b[:40_000] + bytes([b[40_000] ^ 1]) + b[40_001:], "ckpt.pt"),
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(copy, spoil, word):
     path = copy / "ckpt.pt"
     path.write_bytes(spoil(path.read_bytes()))

@@ -1,4 +1,4 @@
-"""A world small enough to know everything about: all sequences with their probabilities, and the exact networks of it."""
+"""A world small enough to know everything about: all sequences with their probabilities, and its exact networks."""
 
 import torch
 
@@ -26,13 +26,13 @@ class World:
     def denoiser(self, x, t, label, sites=None):
         """log p(x0_d | all tokens but d), (B, N, V) or (B, K, V)"""
         log_like = self.likelihood(x, t).clamp_min(1e-300).log()
-        log_others = log_like.sum(-1, keepdim=True) - log_like + self.q.log()[:, None]              # (B, S, N)
+        log_others = log_like.sum(-1, keepdim=True) - log_like + self.q.log()[:, None]  # (B, S, N)
         weight = (log_others - log_others.amax(1, keepdim=True)).exp()
         if sites is None:
             sites = torch.arange(x.shape[1]).expand(len(x), -1)
         out = torch.full((*sites.shape, self.vocab), -torch.inf, dtype=torch.float64)
-        for i in range(len(self.points)):                               # add up the points that share a value at the site
-            value = self.points[i][sites][..., None]                                                # (B, K, 1)
+        for i in range(len(self.points)):  # points that share a value add up
+            value = self.points[i][sites][..., None]  # (B, K, 1)
             w = weight[:, i].gather(1, sites)[..., None].log()
             out.scatter_(-1, value, torch.logaddexp(out.gather(-1, value), w))
         return out
