@@ -51,6 +51,7 @@ class Config:
     log_interval: int = 10                  # iterations between lines of log.jsonl
     eval_interval: int = 250                # iterations between validations; 0: only the last
     eval_sequences: int = 512               # held-out sequences in a validation, each under one fixed draw of noise
+    eval_samples: int = 10                  # pictures drawn in a validation, in 32 steps; 0: none
     save_interval: int = 250                # iterations between checkpoints; 0: only the last
     wandb_project: str = ""                 # Weights & Biases project; "": off
     wandb_entity: str = ""                  # its owner; "": your default
@@ -148,7 +149,7 @@ def check(cfg):
     positive = ["image_size", "n_layer", "n_head", "n_embd", "base_width", "batch_size", "grad_accumulation_steps",
                 "max_iters", "log_interval", "eval_sequences"]
     not_negative = ["levels", "base_head_dim", "planner_lr", "denoiser_lr", "warmup_iters", "lr_decay_iters",
-                    "weight_decay", "grad_clip", "overfit", "seed", "eval_interval", "save_interval"]
+                    "weight_decay", "grad_clip", "overfit", "seed", "eval_interval", "eval_samples", "save_interval"]
     for name in positive:
         if getattr(cfg, name) < 1:
             raise SystemExit(f"{name} is {getattr(cfg, name)}; it must be at least 1")

@@ -37,6 +37,7 @@ OPTIONS = ("n_steps", "schedule", "k", "pick", "stop", "refine", "temperature", 
 if __name__ == "__main__":
     flags = config.load(Flags)
 
+import itertools
 import json
 import time
 from dataclasses import asdict
@@ -85,7 +86,8 @@ def main(flags):
     label = torch.tensor(labels, device=device)
     with runtime.one_line_errors(ValueError), runtime.autocast(device):
         steps = samplers.run(flags.sampler, kind, nets, label, meta=meta, generator=rng, **options)
-        for s in tqdm(steps, total=flags.n_steps + flags.refine, unit="step"):
+        first = next(steps)                                             # a refusal comes before the bar
+        for s in tqdm(itertools.chain([first], steps), total=flags.n_steps + flags.refine, unit="step"):
             if n_shown:
                 shown.append([y[:n_shown].unflatten(1, meta["grid"]).cpu().numpy() for y in (s.x, s.p_noise, s.written)]
                              + [s.nfe[:n_shown].cpu().numpy()])

@@ -110,9 +110,10 @@ def validate(cfg, meta, nets, split, device):
     return out
 
 
+@torch.no_grad()
 def draw_samples(cfg, meta, nets, device, path, n_steps=32):
-    """A picture of one sample per class, by planned denoising."""
-    label = torch.arange(min(10, meta["n_classes"]) or 8, device=device).clamp_max(meta["n_classes"])
+    """A picture of a few samples, classes in turn, by planned denoising."""
+    label = torch.arange(cfg.eval_samples, device=device) % max(1, meta["n_classes"])
     rng = runtime.generator(cfg.seed, EVAL, device=device)
     with runtime.autocast(device, cfg.dtype):
         *_, last = samplers.run("ddpd", cfg.kind, nets, label, meta=meta, generator=rng, n_steps=n_steps)
@@ -292,9 +293,10 @@ def main(cfg):
             sys.exit(128 + signal)
         if world.is_main and (is_last or (cfg.eval_interval and it % cfg.eval_interval == 0)):
             scores = validate(cfg, meta, ema, splits["val"], world.device)
-            draw_samples(cfg, meta, ema, world.device, Path(cfg.out_dir) / "samples.png")
             log.write(it, **scores)
-            log.image(it, "samples", Path(cfg.out_dir) / "samples.png")
+            if cfg.eval_samples:
+                draw_samples(cfg, meta, ema, world.device, Path(cfg.out_dir) / "samples.png")
+                log.image(it, "samples", Path(cfg.out_dir) / "samples.png")
             bar.write(f"{it:>6}: " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items()
                                                if "bins" not in k))
             clock = time.perf_counter()                                 # tokens/s leaves validation out

@@ -33,27 +33,7 @@ def script(*args, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
-TINY = [
-    "--image-size",
-    "8",
-    "--n-layer",
-    "1",
-    "--n-head",
-    "1",
-    "--n-embd",
-    "16",
-    "--base-width",
-    "16",
-    "--batch-size",
-    "4",
-    "--warmup-iters",
-    "2",
-    "--eval-interval",
-    "0",
-    "--save-interval",
-    "0",
-    "--log-interval",
-    "1",
-    "--eval-sequences",
-    "20",
-]
+TINY = """
+    --image-size 8 --n-layer 1 --n-head 1 --n-embd 16 --base-width 16 --batch-size 4 --warmup-iters 2 --log-interval 1
+    --eval-interval 0 --save-interval 0 --eval-sequences 20 --eval-samples 2
+""".split()

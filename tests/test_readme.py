@@ -1,0 +1,89 @@
+"""The commands that the README promises, as a user types them, cut to two iterations."""
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, script
+
+SHORT = ["--max-iters", "2", "--eval-sequences", "8"]
+
+
+def test_the_main_job():
+    """train, sample, evaluate: every file of a run is there and says what it should."""
+    line = next(
+        row for row in (ROOT / "README.md").read_text().splitlines() if "train_ddpd.py configs/digits.py &&" in row
+    )
+    assert "pip install -r requirements.txt" in line
+    commands = [shlex.split(part)[1:] for part in line.split("&&") if part.strip().startswith("python ")]
+    assert [c[0] for c in commands] == ["train_ddpd.py", "sample.py", "evaluate.py"]
+    train, sample, evaluate = commands
+    done = script(*[str(ROOT / a) if a.startswith("configs") else a for a in train], *SHORT)
+    assert done.returncode == 0, done.stderr
+    for said in ("1.06 M", "4096 tokens per iteration", "2.8332", "0.6931", "0.5000", "0.0885", "sample.py out/digits"):
+        assert said in done.stdout, said
+    done = script(*sample, "--n-steps", 3, "--labels", 7, 7, 10)
+    assert done.returncode == 0, done.stderr
+    assert "3 samples, 6.0 NFE each" in done.stdout
+    saved = np.load("out/digits/samples.npz")
+    assert saved["tokens"].shape == (3, 8, 8) and saved["tokens"].max() < 17 and saved["labels"].tolist() == [7, 7, 10]
+    assert json.loads(str(saved["settings"]))["n_steps"] == 3
+    done = script(*evaluate, "--n-steps", 2, "--n-samples", 20)
+    assert done.returncode == 0, done.stderr
+    row = list(csv.DictReader(Path("out/digits/evaluate.csv").open()))[-1]
+    assert row["nfe"] == "4.0" and 0 <= float(row["judge_acc"]) <= 1 and float(row["judge_acc_real"]) > 0.97
+    for name in ("config.json", "ckpt.pt", "log.jsonl", "samples.png", "planner.mp4", "planner.gif"):
+        assert (Path("out/digits") / name).stat().st_size > 100, name
+
+
+def test_the_reference_setting_trains():
+    """The torchrun line with its own flags, 32x32 tokens and width 512; here one sequence at a time."""
+    line = next(row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith("torchrun"))
+    flags = re.sub(r".*train_ddpd.py", "", line).split()
+    done = script(
+        "train_ddpd.py", *flags, *SHORT, "--batch-size", 1, "--eval-sequences", 1, "--eval-samples", 0, "--out-dir", "out/reference"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "32 x 32 tokens" in done.stdout and "hours on a CPU" in done.stdout
+    rows = [json.loads(row) for row in Path("out/reference/log.jsonl").read_text().splitlines()]
+    assert rows[0]["config"]["planner_lr"] == 2e-4 and rows[-1]["it"] == 2
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["sample.py", "out/digits", "--labels", "12"], "--labels 12: out/digits knows 0 to 9"),
+        (["sample.py", "out/nothing"], "no run in out/nothing"),
+        (["sample.py", "out/digits", "--top-p", "0"], "top_p is 0.0"),
+        (["sample.py", "out/digits", "--n-steps", "0"], "n_steps is 0"),
+        (["sample.py", "out/digits", "--decoder", "none.jit"], "none.jit cannot decode"),
+        (["evaluate.py", "out/nothing"], "no run in out/nothing"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(args, said):
+    """One line on stderr, non-zero, no traceback."""
+    done = script(*args)
+    assert done.returncode != 0 and said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_decoder_shows_its_own_pictures():
+    """A TorchScript module from tokens to images in [-1, 1] replaces the palette."""
+    import torch
+    from PIL import Image
+
+    class Red(torch.nn.Module):
+        def forward(self, tokens):
+            n, h, w = tokens.shape
+            image = torch.full((n, 3, 4 * h, 4 * w), -1.0)
+            image[:, 0] = 1.0
+            return image
+
+    torch.jit.script(Red()).save("decoder.jit")
+    done = script("sample.py", "out/digits", "--n-steps", 1, "--labels", 3, "--decoder", "decoder.jit")
+    assert done.returncode == 0, done.stderr
+    assert Image.open("out/digits/samples.png").getpixel((20, 40)) == (255, 0, 0)
