@@ -51,7 +51,7 @@ def has_bfloat16(device):
     """Does the device multiply bfloat16 natively? (Emulated, it is slower than float32.)"""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def autocast(device, dtype="auto"):

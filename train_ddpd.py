@@ -131,7 +131,7 @@ def open_run(cfg, meta, world):
     if state:
         old, new = state["config"], asdict(cfg)
         for key in cfg.FIXED:
-            if old[key] != new[key]:
+            if old.get(key, new[key]) != new[key]:                      # a key younger than the run is no misfit
                 raise SystemExit(f"{folder} was trained with {key} = {old[key]}, not {new[key]}; "
                                  "choose another --out-dir")
         for key in ("vocab", "grid", "n_classes"):

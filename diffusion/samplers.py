@@ -94,6 +94,9 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
     p_noise = torch.zeros(x.shape, device=x.device)
     t = torch.full((len(x), 1), T_MAX, device=x.device)                 # the clock, read off the planner as it goes
     step = 0
+    if done.all():
+        yield State(x, p_noise, torch.zeros_like(free), t[:, 0], nfe)
+        return
     while step < n_steps + refine:
         is_main = step < n_steps
         is_leap = schedule == "leap" and is_main

@@ -29,7 +29,7 @@ BASE = config.Config(image_size=8, n_layer=4, out_dir="out/mup")
 HEAD_DIM = 16
 COORD_WIDTHS, COORD_STEPS, COORD_SEEDS = (64, 128, 256, 512, 1024), 10, (0, 1, 2)
 WIDTHS, SEEDS, STEPS = (32, 64, 128, 256), (0, 1), 150
-RATES = [2.0**i * 1e-3 for i in range(-3, 3)]
+RATES = [2.0**i * 1e-3 for i in range(-2, 4)]
 
 
 class Rows:
@@ -149,10 +149,10 @@ def plot_coords(rows):
     figure.savefig(ROOT / "assets" / "mup_coords.png", dpi=110)
 
 
-def basin():
+def basin(seeds=SEEDS):
     rows = Rows("mup_basin.csv")
     grid = [("mup", width) for width in WIDTHS] + [("standard", WIDTHS[0]), ("standard", WIDTHS[-1])]
-    for seed in SEEDS:
+    for seed in seeds:
         for parametrization, width in grid:
             for lr in RATES:
                 if rows.has(parametrization=parametrization, width=width, lr=lr, seed=seed):
@@ -166,7 +166,9 @@ def basin():
                 rows.add(**key, **losses(cfg), commit=runtime.commit())
                 print(rows.rows[-1], flush=True)
                 shutil.rmtree(out, ignore_errors=True)
-    plot_basin(rows.rows)
+    rows = Rows("mup_basin.csv")                                        # with those of a process that ran other seeds
+    if all(rows.has(seed=seed) for seed in SEEDS):
+        plot_basin(rows.rows)
 
 
 def losses(cfg):
@@ -221,6 +223,9 @@ def plot_basin(rows):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["coords"], ["basin"]):
-        raise SystemExit("python experiments/mup.py coords|basin")
-    {"coords": coords, "basin": basin}[sys.argv[1]]()
+    if sys.argv[1:] == ["coords"]:
+        coords()
+    elif sys.argv[1:2] == ["basin"] and all(seed.isdigit() for seed in sys.argv[2:]):
+        basin(tuple(map(int, sys.argv[2:])) or SEEDS)
+    else:
+        raise SystemExit("python experiments/mup.py coords      python experiments/mup.py basin [SEED ...]")

@@ -45,7 +45,17 @@ def test_the_reference_setting_trains():
     line = next(row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith("torchrun"))
     flags = re.sub(r".*train_ddpd.py", "", line).split()
     done = script(
-        "train_ddpd.py", *flags, *SHORT, "--batch-size", 1, "--eval-sequences", 1, "--eval-samples", 0, "--out-dir", "out/reference"
+        "train_ddpd.py",
+        *flags,
+        *SHORT,
+        "--batch-size",
+        1,
+        "--eval-sequences",
+        1,
+        "--eval-samples",
+        0,
+        "--out-dir",
+        "out/reference",
     )
     assert done.returncode == 0, done.stderr
     assert "32 x 32 tokens" in done.stdout and "hours on a CPU" in done.stdout

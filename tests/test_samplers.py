@@ -89,6 +89,13 @@ def test_known_tokens_are_never_written(rng):
         assert (state.x != x)[1:].any()
 
 
+def test_all_known_asks_nothing(rng):
+    """Nothing to write: one State, no call."""
+    x = torch.randint(5, (2, 10), generator=rng)
+    (state,) = ddpd(None, None, x, torch.zeros(2).long(), n_steps=6, generator=rng, known=torch.ones_like(x).bool())
+    assert torch.equal(state.x, x) and not state.nfe.any()
+
+
 def test_nfe_counts_every_call(rng):
     """Planner and denoiser count 1 each, a guided call 2, a sequence that is done none."""
     x0, label = torch.randint(50, (3, 12), generator=rng), torch.arange(3)
