@@ -35,7 +35,7 @@ class Config:
     grad_accumulation_steps: int = 1        # micro-steps per iteration
     max_iters: int = 2000                   # iterations (optimizer steps)
     planner_lr: float = 1e-3                # Adam lr of the planner at base_width
-    denoiser_lr: float = 1e-3               # Adam lr of the denoiser at base_width
+    denoiser_lr: float = 2e-3               # Adam lr of the denoiser at base_width
     warmup_iters: int = 50                  # iterations of linear warm-up
     lr_decay_iters: int = 0                 # iterations of the cosine down to a tenth of the lr; 0: max_iters
     weight_decay: float = 0.01              # AdamW, on matrices only
@@ -120,7 +120,7 @@ def check_type(value, kind, where):
 
 
 def load(cls=Config, argv=None):
-    """Read config files (leading arguments that end in .py, if cls is Config) and flags.  -> cls"""
+    """Read config files (leading arguments, if cls is Config) and flags.  -> cls"""
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)

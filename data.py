@@ -7,6 +7,7 @@ import difflib
 import importlib
 import json
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def read_meta(folder):
         raise SystemExit(f"{path}: vocab must be at least 2, and class_names must name n_classes classes")
     if not meta["grid"] or not all(type(n) is int and n > 0 for n in meta["grid"]) or math.prod(meta["grid"]) < 2:
         raise SystemExit(f"{path}: grid {meta['grid']} is not a list of sizes that hold at least two tokens")
+    if isinstance(meta["palette"], list) and np.shape(meta["palette"]) != (meta["vocab"], 3):
+        raise SystemExit(f"{path}: palette must name a colour (r, g, b) for each of {meta['vocab']} tokens")
     if meta["given"]:
         raise SystemExit(f"{path}: tokens that are always given are not supported yet")
     return meta
@@ -96,13 +99,21 @@ def load(name, image_size=0, levels=0):
 
 
 def make(source, folder, image_size, levels):
-    """Write a source's tokens to folder; meta.json comes last, so a half-written folder is never taken for data."""
+    """Write a source's tokens to folder, whole or not at all, also where several runs make it at once."""
     meta, splits = source.make(image_size, levels)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, (tokens, labels) in splits.items():
-        np.save(folder / f"{split}_tokens.npy", tokens.astype(np.uint16 if meta["vocab"] <= 2**16 else np.uint32))
-        np.save(folder / f"{split}_labels.npy", labels.astype(np.int64))
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}_") as scratch:
+        new = Path(scratch) / folder.name
+        new.mkdir()
+        for split, (tokens, labels) in splits.items():
+            np.save(new / f"{split}_tokens.npy", tokens.astype(np.uint16 if meta["vocab"] <= 2**16 else np.uint32))
+            np.save(new / f"{split}_labels.npy", labels.astype(np.int64))
+        (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        try:
+            new.rename(folder)
+        except OSError:                                                 # another run was first
+            if not (folder / "meta.json").exists():
+                raise SystemExit(f"{folder} is in the way and holds no data: remove it") from None
     print(f"made {folder}: " + ", ".join(f"{len(y)} {split}" for split, (_, y) in splits.items())
           + f" sequences of {' x '.join(map(str, meta['grid']))} tokens, vocabulary {meta['vocab']}")
 

@@ -57,14 +57,15 @@ class Judge:
         return right.mean(), {int(c): right[labels == c].mean() for c in np.unique(labels)}
 
 
-def draw(kind, nets, labels, meta, seed, device, n_steps, batch_size):
+def draw(kind, nets, labels, meta, seed, device, dtype, n_steps, batch_size):
     """Sample all labels, a batch at a time.  -> tokens (n, N), mean NFE, seconds per sample"""
     rng, parts, calls, began = runtime.generator(seed, device=device), [], [], time.perf_counter()
     for label in tqdm(torch.as_tensor(labels).split(batch_size), unit="batch", leave=False):
-        with runtime.autocast(device):
-            *_, last = samplers.run("ddpd", kind, nets, label.to(device), meta=meta, generator=rng, n_steps=n_steps)
-        parts.append(last.x.cpu().numpy())
-        calls.append(last.nfe.float().cpu())
+        with runtime.autocast(device, dtype):
+            steps = samplers.run("ddpd", kind, nets, label.to(device), meta=meta, generator=rng, n_steps=n_steps)
+            final = samplers.last(steps)
+        parts.append(final.x.cpu().numpy())
+        calls.append(final.nfe.float().cpu())
     return np.concatenate(parts), torch.cat(calls).mean().item(), (time.perf_counter() - began) / len(labels)
 
 
@@ -77,6 +78,8 @@ def main(flags):
     device = runtime.pick_device()
     if min(flags.n_samples, flags.n_steps, flags.batch_size) < 1:
         raise SystemExit("--n-samples, --n-steps and --batch-size must be at least 1")
+    if min(flags.seeds) < 0:
+        raise SystemExit("--seeds must not be negative")
     for run in flags.runs:
         state = runtime.load_run(run)
         meta, cfg = state["meta"], state["config"]
@@ -88,8 +91,8 @@ def main(flags):
               f"{worst(judge.real[1], meta)}")
         for seed in flags.seeds:
             labels = np.arange(flags.n_samples) % meta["n_classes"]
-            tokens, nfe, s_per_sample = draw(config.kind_of(cfg), nets, labels, meta, seed, device, flags.n_steps,
-                                             flags.batch_size)
+            tokens, nfe, s_per_sample = draw(config.kind_of(cfg), nets, labels, meta, seed, device, cfg["dtype"],
+                                             flags.n_steps, flags.batch_size)
             accuracy, per_class = judge.accuracy(tokens, labels)
             distinct = len(np.unique(tokens, axis=0)) / len(tokens)
             print(f"  {flags.n_samples} samples, {flags.n_steps} steps, {nfe:.1f} NFE, seed {seed}: "

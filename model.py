@@ -167,11 +167,11 @@ def map_logits(net, hidden, fn, *per_token, chunk=None):
     def part(h, *rest):
         return fn(net.logits(h).float(), *rest)
 
-    chunk = chunk or max(1, LOGITS_PER_CHUNK // net.shape.vocab)
+    chunk = chunk or max(1, LOGITS_PER_CHUNK // net.readout.out_features)
     if len(hidden) <= chunk:
         return part(hidden, *per_token)
     rows = zip(*[y.split(chunk) for y in (hidden, *per_token)], strict=True)
-    return torch.cat([checkpoint(part, *row, use_reentrant=False) for row in rows])
+    return torch.cat([checkpoint(part, *row, use_reentrant=False, preserve_rng_state=False) for row in rows])
 
 
 def role(name):

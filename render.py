@@ -26,9 +26,17 @@ def palette(meta):
     return np.concatenate([rgb, [(90, 60, 140)]]).round().astype(np.uint8)
 
 
+def flat(y):
+    """Any grid as rows and columns: text is one row, frames stand side by side.  (n, *grid) -> (n, h, w)"""
+    if y.ndim == 4:
+        return np.concatenate(list(y.swapaxes(0, 1)), -1)
+    return y if y.ndim == 3 else y[:, None]
+
+
 def pictures(tokens, meta, decoder=None):
-    """One picture per sequence.  tokens (n, h, w) -> (n, H, W, 3) uint8; decoder: tokens -> (n, 3, H, W) in [-1, 1]"""
+    """One picture per sequence.  tokens (n, *grid) -> (n, H, W, 3) uint8; decoder: tokens -> (n, 3, H, W) in [-1, 1]"""
     if decoder is None:
+        tokens = flat(tokens)
         scale = max(1, round(TILE / max(tokens.shape[1:])))
         return palette(meta)[tokens].repeat(scale, 1).repeat(scale, 2)
     import torch
@@ -118,16 +126,16 @@ def planner_frames(states, labels, meta, decoder=None):
         canvas = Canvas(bar_x + 84, 40 + math.ceil(n / columns) * cell_h + 2)
         canvas.text(f"step {step + 1} of {len(states)}", GAP, 10, 18)
         canvas.text(f"NFE {nfe.mean():.0f}", GAP + 190, 10, 18)
-        canvas.text(f"expected noise left {p_noise.sum((1, 2)).mean():5.1f} of {x[0].size}", GAP + 290, 10, 18)
+        canvas.text(f"expected noise left {p_noise.sum() / n:5.1f} of {x[0].size}", GAP + 290, 10, 18)
         canvas.draw.rectangle((bar_x - 156, 14, bar_x - 144, 26), outline=WRITTEN, width=2)
         canvas.text("just written", bar_x - 138, 11, 15)
         for i in range(n):
             left, top = GAP + i % columns * cell_w, 40 + i // columns * cell_h
             canvas.text(name_of(labels[i], meta), left, top, 15)
             canvas.text(f"noise {p_noise[i].sum():.1f}", left + 2 * width + 2, top, 15, "ra")
-            outline(tiles[i], written[i], WRITTEN)
+            outline(tiles[i], flat(written)[i], WRITTEN)
             canvas.paste(tiles[i], left, top + 20)
-            canvas.paste(stretch(heat(p_noise[i]), (height, width)), left + width + 2, top + 20)
+            canvas.paste(stretch(heat(flat(p_noise)[i]), (height, width)), left + width + 2, top + 20)
         bar_h = math.ceil(n / columns) * cell_h - 22 - GAP
         canvas.paste(np.repeat(heat(np.linspace(1, 0, bar_h))[:, None], 16, 1), bar_x, 60)
         for value in (0.0, 0.5, 1.0):

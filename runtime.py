@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import netrc
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -41,6 +43,11 @@ def start():
             raise SystemExit(f"{size} processes, but {torch.cuda.device_count()} GPUs: start one process per GPU")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
     return World(rank, size, device)
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def pick_device(local=0):
@@ -79,7 +86,7 @@ def commit():
 # Stopping
 
 class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; a second one ends at once."""
+    """Turns Ctrl-C or SIGTERM into a flag that the loop reads between steps; a second Ctrl-C ends at once."""
 
     def __init__(self, world):
         self.world, self.signal = world, 0
@@ -87,8 +94,9 @@ class Stop:
             signal.signal(s, self.note)
 
     def note(self, number, frame):
+        if self.signal and number == signal.SIGINT:                     # SIGTERM comes twice from some schedulers
+            raise KeyboardInterrupt
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
 
     def asked(self):
         """The signal any rank got, 0 for none: all ranks stop at one step. No GPU is waited for."""
@@ -182,9 +190,10 @@ class Log:
         if world.is_main and cfg.wandb_project:
             import wandb
 
-            mode = "online" if wandb.api.api_key and is_reachable("api.wandb.ai") else "offline"
+            host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_key(host) and is_reachable(host) else "offline")
             if mode == "offline":
-                print("wandb: no key or no network; logging offline, to be sent later with `wandb sync`")
+                print("wandb: offline, to be sent later with `wandb sync`")
             self.wandb = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity or None, dir=folder, mode=mode,
                                     name=cfg.wandb_name or Path(folder).name, config=vars(cfg))
 
@@ -206,6 +215,14 @@ class Log:
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def has_key(host):
+    """Is there a key that wandb would find? Asked here, because wandb itself would ask the user."""
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host))
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def is_reachable(host, timeout_s=3):

@@ -68,6 +68,8 @@ def load_decoder(path, meta, device):
 
 def main(flags):
     device = runtime.pick_device()
+    if flags.seed < 0 or flags.n_video < 0:
+        raise SystemExit("--seed and --n-video must not be negative")
     state = runtime.load_run(flags.run)
     meta, kind = state["meta"], config.kind_of(state["config"])
     n_classes = meta["n_classes"]
@@ -75,7 +77,7 @@ def main(flags):
         if not 0 <= label <= n_classes:
             raise SystemExit(f"--labels {label}: {flags.run} knows 0 to {n_classes - 1}, and {n_classes} for no label")
     labels = list(flags.labels) or [min(i, n_classes) for i in range(n_classes if 0 < n_classes <= 10 else 8)]
-    if max(flags.guidance, flags.planner_guidance) != 1 and not state["config"]["label_dropout"]:
+    if (flags.guidance, flags.planner_guidance) != (1, 1) and not state["config"]["label_dropout"]:
         raise SystemExit(f"{flags.run} was trained without label dropout: there is nothing to guide away from")
     decoder = load_decoder(flags.decoder, meta, device) if flags.decoder else None
     nets = model.from_checkpoint(state, kind, device)
@@ -84,7 +86,7 @@ def main(flags):
     rng = runtime.generator(flags.seed, device=device)
     shown, n_shown, began = [], min(flags.n_video, len(labels)), time.perf_counter()
     label = torch.tensor(labels, device=device)
-    with runtime.one_line_errors(ValueError), runtime.autocast(device):
+    with runtime.one_line_errors(ValueError), runtime.autocast(device, state["config"]["dtype"]):
         steps = samplers.run(flags.sampler, kind, nets, label, meta=meta, generator=rng, **options)
         first = next(steps)                                             # a refusal comes before the bar
         for s in tqdm(itertools.chain([first], steps), total=flags.n_steps + flags.refine, unit="step"):

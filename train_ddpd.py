@@ -28,7 +28,7 @@ import runtime
 from diffusion import objectives, processes, samplers
 
 N_BINS = 10             # of noise level
-ORDER, NOISE, EVAL = range(3)   # streams of randomness
+NOISE, EVAL = range(2)  # streams of randomness
 
 
 class Losses(nn.Module):
@@ -42,7 +42,7 @@ class Losses(nn.Module):
         return torch.stack([self.one(self.nets[name], objectives.LOSSES[name], task) for name, task in tasks.items()])
 
     def one(self, net, loss, task):
-        hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1)[task.sites]      # (n, D) that enter the loss
+        hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1).index_select(0, task.sites)      # (n, D)
         return model.map_logits(net, hidden, loss, task.target).sum() / max(1, len(hidden))
 
 
@@ -74,7 +74,7 @@ def validate(cfg, meta, nets, split, device):
     """Losses of the averaged nets on fixed noise draws, over all and per bin of level.  -> {metric: value(s)}"""
     from sklearn.metrics import roc_auc_score
 
-    rng, n = runtime.generator(cfg.seed, EVAL), cfg.eval_sequences
+    rng, n = runtime.generator(EVAL), cfg.eval_sequences                # the same draws for every seed
     x0, label = (torch.from_numpy(y) for y in split.rows(np.arange(n) % len(split)))
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
     seen = {name: [] for name in nets}                                  # rows of (t, target, loss, verdict)
@@ -89,7 +89,7 @@ def validate(cfg, meta, nets, split, device):
                 return torch.stack([loss(logits, target), verdict], -1)
 
             with runtime.autocast(device, cfg.dtype):
-                hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1)[task.sites]
+                hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1).index_select(0, task.sites)
                 rows = model.map_logits(net, hidden, measure, task.target)
             seen[name].append(torch.cat([at[:, None], task.target.float().cpu()[:, None], rows.float().cpu()], -1))
     out = {}
@@ -114,18 +114,18 @@ def validate(cfg, meta, nets, split, device):
 def draw_samples(cfg, meta, nets, device, path, n_steps=32):
     """A picture of a few samples, classes in turn, by planned denoising."""
     label = torch.arange(cfg.eval_samples, device=device) % max(1, meta["n_classes"])
-    rng = runtime.generator(cfg.seed, EVAL, device=device)
+    rng = runtime.generator(EVAL, device=device)
     with runtime.autocast(device, cfg.dtype):
-        *_, last = samplers.run("ddpd", cfg.kind, nets, label, meta=meta, generator=rng, n_steps=n_steps)
-    render.samples_png(path, last.x.view(-1, *meta["grid"]).cpu().numpy(), label.tolist(), meta)
+        final = samplers.last(samplers.run("ddpd", cfg.kind, nets, label, meta=meta, generator=rng, n_steps=n_steps))
+    render.samples_png(path, final.x.view(-1, *meta["grid"]).cpu().numpy(), label.tolist(), meta)
 
 
 def open_run(cfg, meta, world):
     """Make the run's folder, or find a run of the same shape in it.  -> checkpoint or None"""
     folder = Path(cfg.out_dir)
     with runtime.one_line_errors(OSError):
-        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise SystemExit(f"{folder} holds files, but no run (no config.json): choose another --out-dir")
+        if folder.exists() and any(folder.iterdir()) and not is_run(folder):
+            raise SystemExit(f"{folder} holds files, but no run of this program: choose another --out-dir")
         folder.mkdir(parents=True, exist_ok=True)
     state = runtime.load_checkpoint(folder)
     if state:
@@ -144,10 +144,18 @@ def open_run(cfg, meta, world):
         changed = {k: f"{old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v and k != "out_dir"}
         if changed and world.is_main:
             print(f"{folder} goes on with " + ", ".join(f"{k} {v}" for k, v in changed.items()))
-    if world.is_main:
+    if world.is_main and not (state and state["it"] >= cfg.max_iters):
         with runtime.one_line_errors(OSError):
             (folder / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
     return state
+
+
+def is_run(folder):
+    """Is there a config.json of ours?"""
+    try:
+        return "denoiser_process" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def say_what(cfg, meta, nets, world):
@@ -182,7 +190,8 @@ def main(cfg):
         torch.distributed.barrier()
     it = state["it"] if state else 0
     if it >= cfg.max_iters:
-        print(f"{cfg.out_dir} is finished: {it} iterations. A larger --max-iters goes on.")
+        if world.is_main:
+            print(f"{cfg.out_dir} is finished: {it} iterations. A larger --max-iters goes on.")
         return
 
     # networks, their averages, one optimizer each
@@ -219,31 +228,44 @@ def main(cfg):
     losses_sum, n_summed = torch.zeros(len(nets), device=world.device), 0
     first_bad = torch.full((), math.inf, device=world.device)           # iteration of the first loss that is not finite
 
+    def refuse_nan(means=()):
+        """A loss that was NaN or inf ends the run, its checkpoints untouched."""
+        bad = first_bad.clone()
+        if world.size > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
+        if bad.isfinite():
+            said = ", ".join(f"{k} {v:.4g}" for k, v in zip(nets, means, strict=False))
+            raise SystemExit(f"a loss of {cfg.out_dir} is not finite at iteration {int(bad)} ({said}): lower the lr; "
+                             "the last checkpoint is untouched")
+
     def read_losses():
-        """Mean losses since the last call; waits for the device. NaN or inf ends the run, its checkpoints untouched."""
+        """Mean losses since the last call, of all processes. Waits for the device."""
         nonlocal n_summed
-        mean, bad = losses_sum / max(1, n_summed), first_bad.clone()
+        mean = losses_sum / max(1, n_summed)
         if world.size > 1:
             torch.distributed.all_reduce(mean)
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
             mean /= world.size
-        if bad.isfinite():
-            raise SystemExit(f"a loss of {cfg.out_dir} is not finite at iteration {int(bad)} "
-                             f"({', '.join(f'{k} {v:.4g}' for k, v in zip(nets, mean.tolist(), strict=True))}): "
-                             "lower the lr; "
-                             "the last checkpoint is untouched")
+        refuse_nan(mean.tolist())
         losses_sum.zero_()
         n_summed = 0
         return dict(zip(nets, mean.tolist(), strict=True))
 
     def save():
-        read_losses()                                                   # refuses to save what is not finite
+        refuse_nan()
+        for k, net in nets.items():                                     # a finite loss can have an infinite gradient
+            if not torch.stack([p.isfinite().all() for p in net.parameters()]).all():
+                raise SystemExit(f"weights of the {k} of {cfg.out_dir} are not finite at iteration {it}: lower the lr; "
+                                 "the last checkpoint is untouched")
+        is_saved = torch.ones((), dtype=torch.bool)
         if world.is_main:
-            runtime.save_checkpoint(cfg.out_dir, dict(
+            is_saved.fill_(runtime.save_checkpoint(cfg.out_dir, dict(
                 it=it, config=asdict(cfg), meta=meta, world_size=world.size,
                 nets={k: net.state_dict() for k, net in nets.items()},
                 ema={k: net.state_dict() for k, net in ema.items()},
-                optimizers={k: o.state_dict() for k, o in optimizers.items()}))
+                optimizers={k: o.state_dict() for k, o in optimizers.items()})))
+        if world.size > 1:
+            torch.distributed.broadcast(is_saved, 0)                    # nobody leaves while rank 0 writes
+        return bool(is_saved)
 
     bar = tqdm(total=cfg.max_iters, initial=it, disable=not world.is_main, dynamic_ncols=True, unit="it", mininterval=1)
     clock, clock_it, train_s = time.perf_counter(), it, 0.0
@@ -268,7 +290,8 @@ def main(cfg):
             optimizers[k].step()
             optimizers[k].zero_grad()
             decay = min(cfg.ema_decay, (1 + it) / (10 + it))            # its warm-up: early averages forget the start
-            torch._foreach_lerp_(list(ema[k].parameters()), list(net.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema[k].parameters()), list(net.parameters()), 1 - decay)
         it += 1
         bar.update()
 
@@ -284,7 +307,9 @@ def main(cfg):
                       tokens_per_s=round(rate), train_s=round(train_s, 2))
             bar.set_postfix_str(", ".join(f"{k} {v:.3f}" for k, v in means.items()) + f", {rate:.0f} tokens/s")
         if signal or is_last or (cfg.save_interval and it % cfg.save_interval == 0):
-            save()
+            is_saved = save()
+            if (signal or is_last) and not is_saved:
+                raise SystemExit(f"{cfg.out_dir}: iteration {it} could not be saved; the one before it is in place")
         if signal:
             bar.close()
             if world.is_main:
@@ -292,22 +317,24 @@ def main(cfg):
             log.close()
             sys.exit(128 + signal)
         if world.is_main and (is_last or (cfg.eval_interval and it % cfg.eval_interval == 0)):
+            paused = time.perf_counter()
             scores = validate(cfg, meta, ema, splits["val"], world.device)
             log.write(it, **scores)
             if cfg.eval_samples:
                 draw_samples(cfg, meta, ema, world.device, Path(cfg.out_dir) / "samples.png")
                 log.image(it, "samples", Path(cfg.out_dir) / "samples.png")
-            bar.write(f"{it:>6}: " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}" for k, v in scores.items()
-                                               if "bins" not in k))
-            clock = time.perf_counter()                                 # tokens/s leaves validation out
+            said = {k.removeprefix("val_"): v for k, v in scores.items() if "bins" not in k}
+            bar.write(f"{it:>6}: " + ", ".join(f"{k} {v and round(v, 4)}" for k, v in said.items()))
+            clock += time.perf_counter() - paused                       # tokens/s leaves validation out
     bar.close()
     log.close()
     if world.is_main:
         print(f"done: {cfg.max_iters} iterations, {train_s / 60:.1f} minutes of training in this start. "
               f"Next: python sample.py {cfg.out_dir}")
-    if world.size > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(cfg)
+    try:
+        main(cfg)
+    finally:
+        runtime.end()

@@ -90,23 +90,19 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
                is_guided=guidance != 1 or planner_guidance != 1, null_label=null_label)
     x = x.clone()
     free = torch.ones_like(x, dtype=torch.bool) if known is None else ~known
-    done, nfe = ~free.any(1), torch.zeros_like(label)
+    done, nfe = torch.zeros(len(x), dtype=torch.bool, device=x.device), torch.zeros_like(label)
     p_noise = torch.zeros(x.shape, device=x.device)
-    t = torch.full((len(x), 1), T_MAX, device=x.device)                 # the clock, read off the planner as it goes
+    clock = torch.full((len(x), 1), T_MAX, device=x.device)             # the level at which the planner is asked next
     step = 0
-    if done.all():
-        yield State(x, p_noise, torch.zeros_like(free), t[:, 0], nfe)
-        return
     while step < n_steps + refine:
         is_main = step < n_steps
         is_leap = schedule == "leap" and is_main
-        written = torch.zeros_like(free)
-        rows = (~done if is_main else free.any(1)).nonzero()[:, 0]      # (b,) sequences still in the computation
+        rows = (~done | (not is_main)).nonzero()[:, 0]                  # (b,) sequences that are not done: mostly all
         if is_leap:
-            t[rows] = 1 - step / n_steps                                # the clock of this schedule is fixed
+            clock[rows] = 1 - step / n_steps                            # the clock of this schedule is fixed
+        written, t = torch.zeros_like(free), clock.clone()
 
         # 1. plan: where is noise, and how much
-        n_free = free[rows].sum(1, keepdim=True)
         if planner is None:
             logits, calls = guided(denoiser, x[rows], t[rows], label[rows], None, guidance, null_label)
             p, others = from_self(logits.float().softmax(-1), x[rows], t[rows])
@@ -116,42 +112,48 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
         nfe[rows] += calls
         p = p * free[rows]                                              # (b, N)
         p_noise[rows] = p
-        left = p.sum(1)                                                 # (b,) expected noise tokens
+        left, n_free = p.sum(1, keepdim=True), free[rows].sum(1, keepdim=True).clamp_min(1)     # (b, 1) expected noise
         if not is_leap:
-            t[rows] = (left[:, None] / n_free).clamp(T_MIN, T_MAX)      # solves 1 - alpha = mean p_noise
-        now_t = t.clone()
+            t[rows] = (left / n_free).clamp(T_MIN, T_MAX)               # solves 1 - alpha = mean p_noise
+        if is_main:
+            done[rows] = left[:, 0] < stop
 
         # 2. choose: keys in the order of choice, n_sites of them per sequence
+        busy = (~done[rows] | (not is_main)).nonzero()[:, 0]            # of rows
+        rows, p, left, n_free = rows[busy], p[busy], left[busy], n_free[busy]
         is_noise = torch.rand(p.shape, generator=generator, device=p.device) < p
         if is_leap:
             leaps = is_noise & (torch.rand(p.shape, generator=generator, device=p.device) < 1 / (n_steps - step))
             keys, n_sites = leaps.double(), leaps.sum(1)
         else:
             keys = first_by(p if pick == "proportional" else p / (1 - p).clamp_min(1e-12), generator)
-            n_sites = how_many(schedule if is_main else "fixed", left, k, n_steps - step).minimum((keys > 0).sum(1))
-        if is_main:
-            done[rows] = left < stop
-            n_sites = n_sites.masked_fill(done[rows], 0)
+            n_sites = how_many(schedule if is_main else "fixed", left[:, 0], k, n_steps - step)
+            n_sites = n_sites.minimum((keys > 0).sum(1))
 
         # 3. write
-        busy = (n_sites > 0).nonzero()[:, 0]                            # of rows, those that write
-        if len(busy):
-            rows = rows[busy]
-            sites = keys[busy].topk(int(n_sites.max())).indices         # (b, K)
-            chosen = torch.arange(sites.shape[1], device=x.device) < n_sites[busy, None]        # (b, K) bool
+        if len(rows):
+            sites = keys.topk(max(1, int(n_sites.max()))).indices                               # (b, K)
+            chosen = torch.arange(sites.shape[1], device=x.device) < n_sites[:, None]           # (b, K) bool
             where = torch.zeros_like(free[rows]).scatter(1, sites, chosen)                      # (b, N) bool
             if planner is None:
                 logits = others[busy].gather(1, sites[..., None].expand(-1, -1, others.shape[-1])).log()
             else:
-                seen = x[rows].masked_fill(is_noise[busy] | where, vocab) if denoiser_process == "mask" else x[rows]
+                seen = x[rows].masked_fill(is_noise | where, vocab) if denoiser_process == "mask" else x[rows]
                 logits, calls = guided(denoiser, seen, t[rows], label[rows], sites, guidance, null_label)
                 nfe[rows] += calls
             new = draw(sharpen(logits.float(), temperature, top_k, top_p), generator)           # (b, K)
             x[rows] = x[rows].scatter(1, sites, torch.where(chosen, new, x[rows].gather(1, sites)))
             written[rows] = where
-            t[rows] = ((p[busy] * ~where).sum(1, keepdim=True) / n_free[busy]).clamp(T_MIN, T_MAX)  # what is left
-        yield State(x.clone(), p_noise.clone(), written, now_t[:, 0], nfe.clone())
+            clock[rows] = ((p * ~where).sum(1, keepdim=True) / n_free).clamp(T_MIN, T_MAX)      # what is left
+        yield State(x.clone(), p_noise.clone(), written, t[:, 0], nfe.clone())
         step = n_steps if is_main and done.all() else step + 1
+
+
+def last(steps):
+    """The final State of a sampler, the others forgotten on the way."""
+    for state in steps:
+        final = state
+    return final
 
 
 def how_many(schedule, left, k, steps_left):

@@ -5,13 +5,9 @@ from world import Table, dense, sparse
 from diffusion import samplers
 from diffusion.processes import corrupt, from_self
 from diffusion.samplers import ddpd
+from diffusion.samplers import last as finish
 
 N_LAW = 100_000  # sampling alone puts the 27-state law this far: about .007
-
-
-def finish(steps):
-    *_, state = steps
-    return state
 
 
 class Truth:
@@ -22,11 +18,11 @@ class Truth:
 
     def planner(self, x, t, label, sites=None):
         self.calls += 1
-        return torch.where(x != self.x0[label], torch.inf, -torch.inf)
+        return torch.where(x != self.x0, torch.inf, -torch.inf)
 
     def denoiser(self, x, t, label, sites=None):
         self.calls += 1
-        logits = torch.nn.functional.one_hot(self.x0[label], self.vocab).float().log()
+        logits = torch.nn.functional.one_hot(self.x0, self.vocab).float().log()
         return logits if sites is None else logits.gather(1, sites[..., None].expand(-1, -1, self.vocab))
 
 
@@ -89,40 +85,47 @@ def test_known_tokens_are_never_written(rng):
         assert (state.x != x)[1:].any()
 
 
-def test_all_known_asks_nothing(rng):
-    """Nothing to write: one State, no call."""
-    x = torch.randint(5, (2, 10), generator=rng)
-    (state,) = ddpd(None, None, x, torch.zeros(2).long(), n_steps=6, generator=rng, known=torch.ones_like(x).bool())
-    assert torch.equal(state.x, x) and not state.nfe.any()
-
-
 def test_nfe_counts_every_call(rng):
-    """Planner and denoiser count 1 each, a guided call 2, a sequence that is done none."""
+    """Planner and denoiser count 1 each in every step, a guided call 2, one network as both 1."""
     x0, label = torch.randint(50, (3, 12), generator=rng), torch.arange(3)
     x = torch.randint(50, (3, 12), generator=rng)
-    x[0, 2:] = x0[0, 2:]  # two sites of noise at most, then done
     truth = Truth(x0, 50)
-    states = list(ddpd(truth.planner, truth.denoiser, x, label, n_steps=12, generator=rng, schedule="one", stop=0.5))
+    for step, state in enumerate(
+        ddpd(truth.planner, truth.denoiser, x, label, n_steps=15, generator=rng, schedule="one")
+    ):
+        assert state.nfe.tolist() == [2 * step + 2] * 3 == [truth.calls] * 3
+    assert torch.equal(state.x, x0)
+
+    def flat(x, t, label, sites=None):
+        return torch.zeros(*(x if sites is None else sites).shape, 50)
+
+    for options, nfe in [(dict(guidance=2.0), 12), (dict(planner_guidance=2.0), 12), (dict(refine=3), 14)]:
+        steps = ddpd(lambda *a: flat(*a)[..., 0], flat, x, label, n_steps=4, generator=rng, null_label=0, **options)
+        assert finish(steps).nfe.tolist() == [nfe] * 3
+    assert finish(ddpd(None, flat, x, label, n_steps=4, generator=rng)).nfe.tolist() == [4, 4, 4]
+
+
+def test_a_sequence_that_is_done_leaves_the_computation(rng):
+    """stop: rows under it are asked no more, keep their tokens, and stay in the State; all done ends the sampler."""
+    x0 = torch.randint(50, (3, 12), generator=rng)
+    x = torch.randint(50, (3, 12), generator=rng)
+    x[0] = x0[0]
+    x[1, 2:] = x0[1, 2:]  # two sites of noise at most
+    asked = []
+
+    def planner(x, t, label, sites=None):
+        asked.append(label.tolist())
+        return torch.where(x != x0[label], torch.inf, -torch.inf)
+
+    def denoiser(x, t, label, sites=None):
+        return torch.nn.functional.one_hot(x0[label].gather(1, sites), 50).float().log()
+
+    states = list(ddpd(planner, denoiser, x, torch.arange(3), n_steps=99, generator=rng, schedule="one", stop=0.5))
     n_noise = (x != x0).sum(1)
-    assert torch.equal(states[-1].nfe, 2 * n_noise + (n_noise < 12))  # the last look finds nothing
-    assert truth.calls == states[-1].nfe.max()
-    state = finish(
-        ddpd(
-            truth.planner,
-            truth.denoiser,
-            x[1:],
-            label[1:],
-            n_steps=4,
-            generator=rng,
-            guidance=2.0,
-            planner_guidance=1.0,
-            null_label=0,
-        )
-    )
-    assert state.nfe.tolist() == [12, 12]
-    assert finish(
-        ddpd(None, lambda x, t, label, sites=None: torch.zeros(*x.shape, 50), x, label, n_steps=4, generator=rng)
-    ).nfe.tolist() == [4, 4, 4]
+    assert torch.equal(states[-1].nfe, 2 * n_noise + 1)  # the last look finds nothing
+    assert len(states) == n_noise.max() + 1 and all(s.x.shape == x.shape for s in states)
+    assert asked[0] == [0, 1, 2] and asked[1] == [1, 2] and asked[-1] == [2]
+    assert torch.equal(states[-1].x, x0)
 
 
 @pytest.mark.parametrize("process", ["uniform", "mask"])
@@ -155,8 +158,7 @@ def test_one_site_at_a_time_has_the_law_of_the_data(process, rng):
         )
 
     assert distance(world.planner) < 0.05
-    if process == "uniform":
-        assert distance(lambda x, t, label, sites=None: torch.zeros(x.shape), 10_000) > 0.05
+    assert distance(lambda x, t, label, sites=None: torch.zeros(x.shape), 10_000) > 0.05
 
 
 def test_leap_has_the_law_of_the_data(rng):
