@@ -131,3 +131,31 @@ def test_map_logits_is_the_plain_head(chunk, rng):
 def test_a_width_that_its_heads_do_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"n_embd 30.*n_head 4"):
         replace(SHAPE, n_embd=30, n_head=4)
+
+
+@pytest.mark.parametrize("process", ["mask", "uniform"])
+def test_tasks_ask_what_they_should(process, rng):
+    """Planner: is_noise of every token. Denoiser: x0 at the noise tokens, and nowhere else; single: x0 everywhere."""
+    x0, label = torch.randint(SHAPE.vocab, (400, 24), generator=rng), torch.zeros(400, dtype=torch.long)
+    t = torch.full((400, 1), 0.3)
+    tasks = objectives.ddpd(x0, t, label, SHAPE.vocab, rng, "pair", process)
+    planner, denoiser = tasks["planner"], tasks["denoiser"]
+    assert torch.equal(planner.sites, torch.arange(x0.numel())) and planner.xt.max() < SHAPE.vocab
+    changed = (planner.xt != x0).flatten()
+    assert planner.target[changed].all() and planner.target.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(denoiser.target, x0.flatten()[denoiser.sites])
+    is_site = torch.zeros(x0.numel(), dtype=torch.bool).index_fill(0, denoiser.sites, True)
+    assert is_site[(denoiser.xt != x0).flatten()].all() and is_site.float().mean().item() == pytest.approx(
+        0.3, abs=0.02
+    )
+    if process == "mask":
+        assert torch.equal(is_site, (denoiser.xt == SHAPE.vocab).flatten())
+    single = objectives.ddpd(x0, t, label, SHAPE.vocab, rng, "single", "uniform")["denoiser"]
+    assert torch.equal(single.target, x0.flatten())
+
+
+def test_dropped_labels_are_the_null_class(rng):
+    label = torch.randint(3, (100_000,), generator=rng)
+    dropped = objectives.drop_labels(label, 3, 0.1, rng)
+    assert (dropped == 3).float().mean().item() == pytest.approx(0.1, abs=0.005)
+    assert torch.equal(dropped[dropped < 3], label[dropped < 3])

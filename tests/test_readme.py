@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +15,33 @@ from conftest import ROOT, script
 SHORT = ["--max-iters", "2", "--eval-sequences", "8"]
 
 
-def test_the_main_job():
-    """train, sample, evaluate: every file of a run is there and says what it should."""
+def commands():
+    """The python commands of the README's first line."""
     line = next(
         row for row in (ROOT / "README.md").read_text().splitlines() if "train_ddpd.py configs/digits.py &&" in row
     )
     assert "pip install -r requirements.txt" in line
-    commands = [shlex.split(part)[1:] for part in line.split("&&") if part.strip().startswith("python ")]
-    assert [c[0] for c in commands] == ["train_ddpd.py", "sample.py", "evaluate.py"]
-    train, sample, evaluate = commands
-    done = script(*[str(ROOT / a) if a.startswith("configs") else a for a in train], *SHORT)
+    return [shlex.split(part)[1:] for part in line.split("&&") if part.strip().startswith("python ")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What the first command prints, and its run in out/digits."""
+    folder = tmp_path_factory.getbasetemp() / "test_readme"
+    folder.mkdir(exist_ok=True)
+    train = commands()[0]
+    assert train[0] == "train_ddpd.py"
+    done = script(*[str(ROOT / a) if a.startswith("configs") else a for a in train], *SHORT, cwd=folder)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_main_job(trained):
+    """train, sample, evaluate: every file of a run is there and says what it should."""
     for said in ("1.06 M", "4096 tokens per iteration", "2.8332", "0.6931", "0.5000", "0.0885", "sample.py out/digits"):
-        assert said in done.stdout, said
+        assert said in trained, said
+    _, sample, evaluate = commands()
+    assert (sample[0], evaluate[0]) == ("sample.py", "evaluate.py")
     done = script(*sample, "--n-steps", 3, "--labels", 7, 7, 10)
     assert done.returncode == 0, done.stderr
     assert "3 samples, 6.0 NFE each" in done.stdout
@@ -44,19 +60,9 @@ def test_the_reference_setting_trains():
     """The torchrun line with its own flags, 32x32 tokens and width 512; here one sequence at a time."""
     line = next(row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith("torchrun"))
     flags = re.sub(r".*train_ddpd.py", "", line).split()
-    done = script(
-        "train_ddpd.py",
-        *flags,
-        *SHORT,
-        "--batch-size",
-        1,
-        "--eval-sequences",
-        1,
-        "--eval-samples",
-        0,
-        "--out-dir",
-        "out/reference",
-    )
+    small = ["--batch-size", "1", "--eval-sequences", "1", "--eval-samples", "0", "--out-dir", "out/reference"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", ROOT / "train_ddpd.py", *flags]
+    done = subprocess.run([*command, *SHORT, *small], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "32 x 32 tokens" in done.stdout and "hours on a CPU" in done.stdout
     rows = [json.loads(row) for row in Path("out/reference/log.jsonl").read_text().splitlines()]
@@ -67,6 +73,7 @@ def test_the_reference_setting_trains():
     "args, said",
     [
         (["sample.py", "out/digits", "--labels", "12"], "--labels 12: out/digits knows 0 to 9"),
+        (["sample.py", "out/digits", "--seed", "-1"], "--seed"),
         (["sample.py", "out/nothing"], "no run in out/nothing"),
         (["sample.py", "out/digits", "--top-p", "0"], "top_p is 0.0"),
         (["sample.py", "out/digits", "--n-steps", "0"], "n_steps is 0"),
@@ -74,14 +81,14 @@ def test_the_reference_setting_trains():
         (["evaluate.py", "out/nothing"], "no run in out/nothing"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(args, said):
+def test_what_cannot_be_sampled_is_refused(args, said, trained):
     """One line on stderr, non-zero, no traceback."""
     done = script(*args)
     assert done.returncode != 0 and said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_a_decoder_shows_its_own_pictures():
+def test_a_decoder_shows_its_own_pictures(trained):
     """A TorchScript module from tokens to images in [-1, 1] replaces the palette."""
     import torch
     from PIL import Image

@@ -17,6 +17,7 @@ from conftest import ROOT, TINY, script
 
 import config
 import data
+import model
 import runtime
 import train_ddpd
 
@@ -93,22 +94,50 @@ def test_one_batch_overfits(capsys):
     assert last["planner_loss"] < 0.01 and last["denoiser_loss"] < 0.01
 
 
-def test_micro_steps_are_one_large_batch_in_two(monkeypatch):
-    """Accumulating g micro-batches averages their gradients: the step of one equals the mean of two, noise and all."""
-    seen = {}
-    cfg = tiny("micro", "--grad-accumulation-steps", 2, "--max-iters", 1)
+def test_randomness_is_a_function_of_seed_iteration_and_micro_batch():
+    """Noise, levels, label dropout and data order are drawn anew from (seed, it, g), never from what came before."""
+    cfg = tiny("micro", "--grad-accumulation-steps", 2)
     meta, splits = data.load(cfg.data, cfg.image_size, cfg.levels)
     order = data.Order(len(splits["train"]), 0)
-    for it, g in [(0, 0), (0, 1), (1, 0)]:
-        task = train_ddpd.draw_tasks(cfg, meta, splits["train"], order, it, g, 2)["planner"]
-        seen[it, g] = task
-        other = data.Order(len(splits["train"]), 0)
-        again = train_ddpd.draw_tasks(cfg, meta, splits["train"], other, it, g, 2)["planner"]
-        assert all(torch.equal(a, b) for a, b in zip(task, again, strict=True))
+
+    def draw(it, g, order=order, cfg=cfg):
+        return train_ddpd.draw_tasks(cfg, meta, splits["train"], order, it, g, 2)["planner"]
+
+    seen = {key: draw(*key) for key in [(0, 0), (0, 1), (1, 0)]}
+    for key, task in seen.items():
+        fresh = data.Order(len(splits["train"]), 0)
+        assert all(torch.equal(a, b) for a, b in zip(task, draw(*key, order=fresh), strict=True))
+        assert not torch.equal(task.t, draw(*key, cfg=replace(cfg, seed=1)).t)
     assert not torch.equal(seen[0, 0].t, seen[0, 1].t) and not torch.equal(seen[0, 0].t, seen[1, 0].t)
     index = order.take(0, len(splits["train"]))
     assert np.array_equal(np.sort(index), np.arange(len(index)))  # an epoch visits each sequence once
     assert np.array_equal(order.take(4, 4), index[4:8])
+    assert not np.array_equal(order.take(len(index), len(index)), index)
+
+
+def test_the_average_follows_the_weights():
+    """EMA with warm-up: after each iteration average += (1 - min(decay, (1 + it) / (10 + it))) (weights - average)."""
+    for n in (1, 2, 3):
+        train_ddpd.main(tiny(f"ema{n}", "--max-iters", n, "--lr-decay-iters", 3))
+    torch.manual_seed(0)
+    shape = model.shape_of(weights("ema1")["config"], weights("ema1")["meta"])
+    start = model.build(shape, "maskd")["planner"].state_dict()
+    average = start["embed.weight"]
+    for it in range(3):
+        state = weights(f"ema{it + 1}")
+        average = average.lerp(state["nets"]["planner"]["embed.weight"], 1 - (1 + it) / (10 + it))
+        assert torch.allclose(state["ema"]["planner"]["embed.weight"], average, atol=1e-7)
+        assert not state["ema"]["planner"]["embed.weight"].requires_grad
+    assert not torch.equal(average, start["embed.weight"])
+
+
+def test_learning_rate_schedule():
+    """Linear up over the warm-up, a cosine down to a tenth at lr_decay_iters, flat from there."""
+    cfg = replace(tiny("lr"), warmup_iters=10, lr_decay_iters=110, max_iters=200)
+    factors = [train_ddpd.lr_factor(it, cfg) for it in range(200)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[60] == pytest.approx(0.55) and factors[110:] == pytest.approx([0.1] * 90)
+    assert train_ddpd.lr_factor(200, replace(cfg, lr_decay_iters=0)) == pytest.approx(0.1)
 
 
 def test_validation_is_the_loss_of_the_averaged_networks():
@@ -122,24 +151,40 @@ def test_validation_is_the_loss_of_the_averaged_networks():
     assert Path("out/validate/samples.png").exists()
 
 
-def test_two_processes_train_and_stop_together():
-    """torchrun with two gloo ranks: both write one run, which one process with two micro-steps may go on with."""
-    args = [*TINY, "--max-iters", "3", "--dtype", "float32", "--out-dir", "out/ranks"]
+def torchrun(*args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train_ddpd.py", *args]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train_ddpd.py", *args]
-    done = subprocess.run(run, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def test_two_processes_equal_one_with_two_micro_steps():
+    """Two gloo ranks and one process with two micro-steps draw the same noise and end at the same weights."""
+    args = [*TINY, "--max-iters", "3", "--dtype", "float32"]
+    process = torchrun(*args, "--out-dir", "out/ranks")
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
     state = weights("ranks")
     assert state["it"] == 3 and state["world_size"] == 2
-    refused = script("train_ddpd.py", *args, "--max-iters", 4)
-    assert refused.returncode != 0 and "--grad-accumulation-steps to 2" in refused.stderr
-    one = script("train_ddpd.py", *args, "--max-iters", 4, "--grad-accumulation-steps", 2)
-    assert one.returncode == 0, one.stderr
-    alone = script("train_ddpd.py", *args[:-1], "out/alone", "--grad-accumulation-steps", 2)
+    alone = script("train_ddpd.py", *args, "--out-dir", "out/alone", "--grad-accumulation-steps", 2)
     assert alone.returncode == 0, alone.stderr
     for name, net in state["nets"].items():
         for key, value in net.items():
             assert torch.allclose(value, weights("alone")["nets"][name][key], atol=1e-6)
+    refused = script("train_ddpd.py", *args, "--out-dir", "out/ranks", "--max-iters", 4)
+    assert refused.returncode != 0 and "--grad-accumulation-steps to 2" in refused.stderr
+
+
+def test_two_processes_stop_together():
+    """SIGTERM to torchrun: all ranks end at one iteration, and the run is saved there."""
+    process = torchrun(*TINY, "--max-iters", "100000", "--out-dir", "out/stopped")
+    log = Path("out/stopped/log.jsonl")
+    while not (log.exists() and log.read_text().count("\n") > 5):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode != 0 and said.count("stopped by signal 15") == 1
+    assert f"at iteration {weights('stopped')['it']}, saved" in said
 
 
 # Bad input
@@ -206,11 +251,29 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(copy, spoil, w
     assert runtime.load_checkpoint.__name__ and torch.load(copy / "ckpt_prev.pt", weights_only=True)["it"] == 1
 
 
+def test_a_full_disk_leaves_the_checkpoint_and_is_said(copy, monkeypatch, capsys):
+    """A failed write warns and training goes on; if the last one fails the run does not claim to be saved."""
+    before = (copy / "ckpt.pt").read_bytes()
+    real = torch.save
+
+    def save(state, path):
+        real(state, path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    message = refusal(tiny(copy.name, "--max-iters", 6, "--save-interval", 2))
+    assert "iteration 6 could not be saved" in message
+    assert capsys.readouterr().err.count("No space left on device") == 3 - 1
+    assert (copy / "ckpt.pt").read_bytes() == before and not (copy / "ckpt.tmp").exists()
+
+
 def test_a_foreign_folder_is_refused():
     Path("out/foreign").mkdir(parents=True)
     Path("out/foreign/thesis.tex").write_text("x")
     assert "out/foreign" in refusal(tiny("foreign"))
-    assert os.listdir("out/foreign") == ["thesis.tex"]
+    Path("out/foreign/config.json").write_text('{"architectures": ["Other"]}')
+    assert "out/foreign" in refusal(tiny("foreign"))
+    assert sorted(os.listdir("out/foreign")) == ["config.json", "thesis.tex"]
 
 
 def test_an_unwritable_folder_is_refused():
