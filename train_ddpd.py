@@ -295,7 +295,8 @@ def main(cfg):
         it += 1
         bar.update()
 
-        is_last, signal = it == cfg.max_iters, stop.asked()
+        is_last = it == cfg.max_iters
+        signal = stop.asked() * (not is_last)                           # the last iteration ends by itself
         if it % cfg.log_interval == 0 or is_last:
             means = read_losses()
             now = time.perf_counter()

@@ -33,10 +33,11 @@ def check_fit(kind, sampler):
 
 def guided(net, x, t, label, sites, guidance, null_label):
     """unlabelled + guidance * (labelled - unlabelled), both in one batch (arXiv:2207.12598).  -> logits, calls"""
+    where = () if sites is None else (sites,)
     if guidance == 1.0:
-        return net(x, t, label, sites), 1
-    twice = [torch.cat([y, y]) if y is not None else None for y in (x, t, sites)]
-    both = net(twice[0], twice[1], torch.cat([label, torch.full_like(label, null_label)]), twice[2])
+        return net(x, t, label, *where), 1
+    twice = [torch.cat([y, y]) for y in (x, t, *where)]
+    both = net(*twice[:2], torch.cat([label, torch.full_like(label, null_label)]), *twice[2:])
     with_label, without = both.clamp(-1e4, 1e4).chunk(2)                # two impossible ids have no difference
     return without + guidance * (with_label - without), 2
 

@@ -81,16 +81,18 @@ def coordinates(width, n_head, base_head_dim, parametrization, seed):
 
             hooks = [block.register_forward_hook(added) for block in net.blocks]
             model.attend = attend
-            try:
-                hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1)[task.sites]
-            finally:
-                model.attend = plain
-                for hook in hooks:
-                    hook.remove()
-            seen["head"] = [rms(net.logits(hidden))]
+            with runtime.autocast(torch.device("cpu")):
+                try:
+                    hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1).index_select(0, task.sites)
+                finally:
+                    model.attend = plain
+                    for hook in hooks:
+                        hook.remove()
+                seen["head"] = [rms(net.logits(hidden))]
+                loss = model.map_logits(net, hidden, objectives.LOSSES[name], task.target).mean()
             for what, values in seen.items():
                 sizes[name, what, step] = np.mean(values)
-            model.map_logits(net, hidden, objectives.LOSSES[name], task.target).mean().backward()
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     return sizes
@@ -166,9 +168,7 @@ def basin(seeds=SEEDS):
                 rows.add(**key, **losses(cfg), commit=runtime.commit())
                 print(rows.rows[-1], flush=True)
                 shutil.rmtree(out, ignore_errors=True)
-    rows = Rows("mup_basin.csv")                                        # with those of a process that ran other seeds
-    if all(rows.has(seed=seed) for seed in SEEDS):
-        plot_basin(rows.rows)
+    plot_basin(Rows("mup_basin.csv").rows)                              # with those of a process that ran other seeds
 
 
 def losses(cfg):
@@ -203,17 +203,20 @@ def plot_basin(rows):
                     key = dict(parametrization=parametrization, width=str(width))
                     mine = [r for r in rows if all(r[k] == v for k, v in key.items())]
                     loss = {(r["lr"], r["seed"]): float(r[f"{net}_{part}"]) for r in mine}
-                    by_seed = np.array([[loss[str(lr), str(seed)] for lr in RATES] for seed in SEEDS])
+                    whole = [s for s in SEEDS if all((str(lr), str(s)) in loss for lr in RATES)]
+                    by_seed = np.array([[loss[str(lr), str(seed)] for lr in RATES] for seed in whole])
+                    if not whole:
+                        continue
                     mean, best = by_seed.mean(0), int(by_seed.mean(0).argmin())
                     shade = pyplot.get_cmap("viridis")(0.85 - 0.8 * WIDTHS.index(width) / (len(WIDTHS) - 1))
                     name = "muP" if parametrization == "mup" else "standard"
                     panel.plot(RATES, mean, style, color=shade, marker="o", markersize=3, label=f"{name}, {width}")
                     panel.plot(RATES[best], mean[best], "*", color=shade, markersize=13)
                     print(f"{part:>5} {net:>8} {name:>8} width {width:>4}: best lr {RATES[best]:.2g}, "
-                          f"loss {mean[best]:.4f}, seeds differ by {np.ptp(by_seed[:, best]):.4f}")
+                          f"loss {mean[best]:.4f}, {len(whole)} seeds differ by {np.ptp(by_seed[:, best]):.4f}")
             low = np.nanmin([line.get_ydata().min() for line in panel.lines])
             panel.set(xscale="log", title=f"{net}, {'training, fresh noise' if part == 'train' else 'validation'}",
-                      ylabel="nats per token", ylim=(low - 0.01, low + (0.12 if net == "planner" else 0.6)))
+                      ylabel="nats per token", ylim=(low - 0.005, low + (0.05 if net == "planner" else 0.3)))
             panel.set_xticks(RATES, [f"{lr:.3g}" for lr in RATES])
             panel.minorticks_off()
     for panel in panels[-1]:
