@@ -54,6 +54,48 @@ def test_oracles_recover_x0(options, process, rng):
     assert torch.equal(x, start)  # the caller's tensor is left alone
 
 
+@pytest.mark.parametrize("schedule", ["one", "fixed", "spread", "leap"])
+def test_a_mask_denoiser_sees_what_it_was_trained_on(schedule, rng):
+    """Masks at every token that the planner's draw calls noise and at the chosen sites, the tokens themselves elsewhere."""
+    x, label = torch.randint(5, (400, 10), generator=rng), torch.zeros(400).long()
+    p_noise = torch.tensor([0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0]).expand(400, 10)
+    seen = []
+
+    def denoiser(x, t, label, sites):
+        seen.append((x, sites))
+        return torch.zeros(*sites.shape, 5)
+
+    steps = ddpd(
+        lambda x, t, label: p_noise.logit(),
+        denoiser,
+        x,
+        label,
+        n_steps=2,
+        k=3,
+        generator=rng,
+        schedule=schedule,
+        denoiser_process="mask",
+        vocab=5,
+    )
+    before = x
+    for state, (read, sites) in zip(steps, seen_as_it_grows(seen), strict=False):
+        masked = read == 5
+        assert masked[:, 6:].all() and not masked[:, :2].any() and masked[state.written].all()
+        assert torch.equal(read[~masked], before[~masked])
+        free = ~state.written[:, 2:6] | (schedule == "leap")  # a leap writes among the tokens called noise
+        assert masked[:, 2:6][free].float().mean().item() == pytest.approx(0.5, abs=0.06)
+        assert (sites.shape[1] > 1) == (schedule != "one")
+        before = state.x
+
+
+def seen_as_it_grows(seen):
+    """Entries of a list that another iterator appends to."""
+    i = 0
+    while True:
+        yield seen[i]
+        i += 1
+
+
 def test_known_tokens_are_never_written(rng):
     """Not even where the planner calls them noise, nor in refinement, nor where a sequence is known as a whole."""
     x = torch.randint(5, (4, 10), generator=rng)
