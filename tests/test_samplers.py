@@ -56,7 +56,7 @@ def test_oracles_recover_x0(options, process, rng):
 
 @pytest.mark.parametrize("schedule", ["one", "fixed", "spread", "leap"])
 def test_a_mask_denoiser_sees_what_it_was_trained_on(schedule, rng):
-    """Masks at every token that the planner's draw calls noise and at the chosen sites, the tokens themselves elsewhere."""
+    """Masks at every token that the planner's draw calls noise and at the chosen sites, tokens elsewhere."""
     x, label = torch.randint(5, (400, 10), generator=rng), torch.zeros(400).long()
     p_noise = torch.tensor([0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0]).expand(400, 10)
     seen = []
