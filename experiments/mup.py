@@ -27,7 +27,7 @@ from diffusion import objectives
 
 BASE = config.Config(image_size=8, n_layer=4, out_dir="out/mup")
 HEAD_DIM = 16
-COORD_WIDTHS, COORD_STEPS, COORD_SEEDS = (64, 128, 256, 512, 1024), 10, (0, 1, 2)
+COORD_WIDTHS, COORD_STEPS, COORD_SEEDS, COORD_BATCH = (64, 128, 256, 512, 1024), 10, (0, 1, 2), 8
 WIDTHS, SEEDS, STEPS = (32, 64, 128, 256), (0, 1), 150
 RATES = [2.0**i * 1e-3 for i in range(-2, 4)]
 
@@ -58,7 +58,7 @@ def base_width(parametrization, width):
 
 def coordinates(width, n_head, base_head_dim, parametrization, seed):
     """Root mean squares after 0 .. COORD_STEPS Adam steps at the default lr.  -> {(net, what, step): rms}"""
-    cfg = replace(BASE, n_embd=width, n_head=n_head, base_head_dim=base_head_dim, seed=seed, warmup_iters=0,
+    cfg = replace(BASE, n_embd=width, n_head=n_head, base_head_dim=base_head_dim, seed=seed, batch_size=COORD_BATCH,
                   base_width=base_width(parametrization, width))
     meta, splits = data.load("digits", 8)
     torch.manual_seed(seed)
