@@ -29,7 +29,7 @@ BASE = config.Config(image_size=8, n_layer=4, out_dir="out/mup")
 HEAD_DIM = 16
 COORD_WIDTHS, COORD_STEPS, COORD_SEEDS, COORD_BATCH = (64, 128, 256, 512, 1024), 10, (0, 1, 2), 8
 WIDTHS, SEEDS, STEPS = (32, 64, 128, 256), (0, 1), 150
-RATES = [2.0**i * 1e-3 for i in range(-2, 4)]
+RATES = {"mup": [2.0**i * 1e-3 for i in range(-2, 4)], "standard": [2.0**i * 1e-3 for i in range(-2, 6)]}
 
 
 class Rows:
@@ -138,7 +138,7 @@ def plot_coords(rows):
                         worst = max(worst, max(size[1:]) / min(size[1:]))
                 if min(size) > 0:
                     panel.plot(COORD_WIDTHS, size, marker="o", markersize=3, label=what)
-            title = "muP" if parametrization == "mup" else "standard parametrization"
+            title = "muP" if parametrization == "mup" else "standard"
             panel.set(xscale="log", yscale="log", xticks=COORD_WIDTHS, xticklabels=COORD_WIDTHS,
                       title=f"{net}, {title}, head_dim {heads}\nlargest ratio over widths 128 to 1024: {worst:.2f}")
             panel.minorticks_off()
@@ -156,7 +156,7 @@ def basin(seeds=SEEDS):
     grid = [("mup", width) for width in WIDTHS] + [("standard", WIDTHS[0]), ("standard", WIDTHS[-1])]
     for seed in seeds:
         for parametrization, width in grid:
-            for lr in RATES:
+            for lr in RATES[parametrization]:
                 if rows.has(parametrization=parametrization, width=width, lr=lr, seed=seed):
                     continue
                 out = Path(f"out/mup/{parametrization}_{width}_{lr}_{seed}")
@@ -199,28 +199,29 @@ def plot_basin(rows):
     for row, part in enumerate(("train", "val")):
         for panel, net in zip(panels[row], ("planner", "denoiser"), strict=True):
             for parametrization, widths, style in [("mup", WIDTHS, "-"), ("standard", (WIDTHS[0], WIDTHS[-1]), "--")]:
+                rates = RATES[parametrization]
                 for width in widths:
                     key = dict(parametrization=parametrization, width=str(width))
                     mine = [r for r in rows if all(r[k] == v for k, v in key.items())]
                     loss = {(r["lr"], r["seed"]): float(r[f"{net}_{part}"]) for r in mine}
-                    whole = [s for s in SEEDS if all((str(lr), str(s)) in loss for lr in RATES)]
-                    by_seed = np.array([[loss[str(lr), str(seed)] for lr in RATES] for seed in whole])
+                    whole = [s for s in SEEDS if all((str(lr), str(s)) in loss for lr in rates)]
+                    by_seed = np.array([[loss[str(lr), str(seed)] for lr in rates] for seed in whole])
                     if not whole:
                         continue
                     mean, best = by_seed.mean(0), int(by_seed.mean(0).argmin())
                     shade = pyplot.get_cmap("viridis")(0.85 - 0.8 * WIDTHS.index(width) / (len(WIDTHS) - 1))
                     name = "muP" if parametrization == "mup" else "standard"
-                    panel.plot(RATES, mean, style, color=shade, marker="o", markersize=3, label=f"{name}, {width}")
-                    panel.plot(RATES[best], mean[best], "*", color=shade, markersize=13)
-                    print(f"{part:>5} {net:>8} {name:>8} width {width:>4}: best lr {RATES[best]:.2g}, "
+                    panel.plot(rates, mean, style, color=shade, marker="o", markersize=3, label=f"{name}, {width}")
+                    panel.plot(rates[best], mean[best], "*", color=shade, markersize=13)
+                    print(f"{part:>5} {net:>8} {name:>8} width {width:>4}: best lr {rates[best]:.2g}, "
                           f"loss {mean[best]:.4f}, {len(whole)} seeds differ by {np.ptp(by_seed[:, best]):.4f}")
             low = np.nanmin([line.get_ydata().min() for line in panel.lines])
             panel.set(xscale="log", title=f"{net}, {'training, fresh noise' if part == 'train' else 'validation'}",
                       ylabel="nats per token", ylim=(low - 0.005, low + (0.05 if net == "planner" else 0.3)))
-            panel.set_xticks(RATES, [f"{lr:.3g}" for lr in RATES])
+            panel.set_xticks(RATES["standard"], [f"{1000 * lr:g}" for lr in RATES["standard"]])
             panel.minorticks_off()
     for panel in panels[-1]:
-        panel.set_xlabel(f"lr at base width {BASE.base_width} (muP); lr of every tensor (standard)")
+        panel.set_xlabel(f"lr / 1e-3: at base width {BASE.base_width} (muP), of every tensor (standard)")
     panels[0, 0].legend(fontsize=8)
     figure.savefig(ROOT / "assets" / "mup_basin.png", dpi=110)
 
