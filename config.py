@@ -21,9 +21,12 @@ class Config:
     nets: Literal["pair", "single"] = "pair"    # planner and denoiser, or one uniform denoiser that serves as both
     denoiser_process: Literal["mask", "uniform"] = "mask"   # what the denoiser's noise tokens look like
 
-    data: str = "digits"                    # a source that makes itself, or a folder under data/
-    image_size: int = 32                    # tokens per side, for a source that makes itself
-    levels: int = 0                         # grey levels (the vocabulary), for a source that makes itself; 0: its own
+    data: str = "digits"                    # one of sources/, or a folder under data/
+    image_size: int = 32                    # tokens per side, where a source makes them
+    levels: int = 0                         # grey levels (the vocabulary), where a source makes tokens; 0: its own
+    vocab: int = 0                          # ids the data must have; 0: as it says. With grid, --dry-run needs no data
+    grid: tuple[int, ...] = ()              # tokens per axis the data must have; (): as it says
+    n_classes: int = 0                      # classes the data must have, where vocab is stated
 
     n_layer: int = 6                        # blocks
     n_head: int = 4                         # heads; they divide n_embd
@@ -42,11 +45,14 @@ class Config:
     grad_clip: float = 1.0                  # largest gradient norm of each network; 0: unclipped
     label_dropout: float = 0.1              # share of labels replaced by the null class, for guidance
     ema_decay: float = 0.999                # decay per iteration of the averaged weights, after their warm-up
-    overfit: int = 0                        # train on this many sequences under noise held fixed: losses go to near 0
+    overfit: int = 0                        # train on this many sequences only; 0: on all
+    overfit_noise: Literal["fixed", "fresh"] = "fixed"  # fixed: losses go to near 0; fresh: to the floors printed
+    init_from: str = ""                     # run whose averaged weights a new run starts from
 
     seed: int = 0                           # of weights, data order, noise and label dropout
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; auto: bfloat16 where the device has it
     compile: bool = False                   # torch.compile both networks
+    dry_run: bool = False                   # print parameters, memory and time per iteration, and train nothing
     out_dir: str = ""                       # the run's folder; "": out/<stem of the last config file> or out/default
     log_interval: int = 10                  # iterations between lines of log.jsonl
     eval_interval: int = 250                # iterations between validations; 0: only the last
@@ -56,10 +62,11 @@ class Config:
     wandb_project: str = ""                 # Weights & Biases project; "": off
     wandb_entity: str = ""                  # its owner; "": your default
     wandb_name: str = ""                    # run name there; "": the run folder's
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"   # auto: offline where there is no key or no network
 
     # A run goes on only with these unchanged; all others may change from one start to the next.
     FIXED: typing.ClassVar = ("method", "nets", "denoiser_process", "data", "image_size", "levels", "n_layer", "n_head",
-                              "n_embd", "base_width", "base_head_dim", "batch_size", "overfit", "seed")
+                              "n_embd", "base_width", "base_head_dim", "batch_size", "overfit", "overfit_noise", "seed")
 
     @property
     def decay_iters(self):
@@ -97,7 +104,8 @@ def read_file(path, cls):
         names = [f.name for f in fields(cls)]
         if key not in names:
             raise SystemExit(f"{where}: unknown key {key}; {nearest(key, names)}")
-        allowed = (ast.Constant, ast.Name, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context)
+        allowed = (ast.Constant, ast.Name, ast.Tuple, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop,
+                   ast.expr_context)
         if not all(isinstance(n, allowed) for n in ast.walk(node.value)):
             raise SystemExit(f"{where}: {key} must be a value or arithmetic, not `{ast.unparse(node.value)}`")
         try:
@@ -109,12 +117,15 @@ def read_file(path, cls):
 
 
 def check_type(value, kind, where):
-    choices = typing.get_args(kind)                                     # of a Literal
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     if choices and value not in choices:
         raise SystemExit(f"{where} is {value!r}, not one of {', '.join(choices)}")
     if kind is float and type(value) is int:
         value = float(value)
-    if not choices and type(value) is not kind:
+    if typing.get_origin(kind) is tuple:
+        if type(value) is not tuple or any(type(v) is not int for v in value):
+            raise SystemExit(f"{where} is {value!r}, not whole numbers in brackets, as (32, 32)")
+    elif not choices and type(value) is not kind:
         raise SystemExit(f"{where} is {value!r}, not {kind.__name__}")
     return value
 
@@ -148,7 +159,8 @@ def check(cfg):
     """Refuse, by name, numbers that mean nothing."""
     positive = ["image_size", "n_layer", "n_head", "n_embd", "base_width", "batch_size", "grad_accumulation_steps",
                 "max_iters", "log_interval", "eval_sequences"]
-    not_negative = ["levels", "base_head_dim", "planner_lr", "denoiser_lr", "warmup_iters", "lr_decay_iters",
+    not_negative = ["levels", "vocab", "n_classes", "base_head_dim", "planner_lr", "denoiser_lr", "warmup_iters",
+                    "lr_decay_iters",
                     "weight_decay", "grad_clip", "overfit", "seed", "eval_interval", "eval_samples", "save_interval"]
     for name in positive:
         if getattr(cfg, name) < 1:
@@ -159,6 +171,9 @@ def check(cfg):
     for name in ["label_dropout", "ema_decay"]:
         if not 0 <= getattr(cfg, name) <= 1:
             raise SystemExit(f"{name} is {getattr(cfg, name)}; it must lie in [0, 1]")
+    if bool(cfg.vocab) != bool(cfg.grid) or min(cfg.grid, default=1) < 1 or (cfg.n_classes and not cfg.vocab):
+        raise SystemExit(f"vocab {cfg.vocab}, grid {cfg.grid} and n_classes {cfg.n_classes} are stated together: "
+                         "ids, tokens per axis, classes")
     if cfg.nets == "single" and cfg.denoiser_process != "uniform":
         raise SystemExit("nets = single needs denoiser_process = uniform: a mask denoiser cannot tell noise from data")
     return cfg

@@ -1,6 +1,6 @@
 """Tokens on disk: data/<name>/ holds meta.json and, per split, <split>_tokens.npy (n, *grid), <split>_labels.npy (n,).
 
-python data.py NAME [--name FOLDER] [--image-size S] [--levels L]     makes the folder from sources/NAME.py
+python data.py NAME [--folder F | --file F] [--name FOLDER]     makes the folder from sources/NAME.py
 """
 
 import difflib
@@ -19,26 +19,42 @@ META = {"name": str, "vocab": int, "grid": list, "n_classes": int, "class_names"
         "given": list}
 
 
+@dataclass(frozen=True)
+class Make:
+    """Make data/<name>/ from one of sources/."""
+    source: str             # file name in sources/, without .py
+    name: str = ""          # folder under data/; "": the source's own
+    folder: str = ""        # folder of the source's files, where it has several; "": downloaded
+    file: str = ""          # the source's one file, where it needs one
+    image_size: int = 0     # tokens per side, where the source makes tokens; 0: its own
+    levels: int = 0         # grey levels, where the source makes tokens; 0: its own
+    vocab: int = 0          # ids, where the source's file holds tokens; 0: the largest and those below
+    tokenizer: str = ""     # whose tokens they are: warns of ids that it never writes
+
+
 class Split:
-    """One split, memory-mapped: only the rows asked for are read."""
+    """One split on disk: only the rows asked for are read, and no map of the file outlives the call."""
 
     def __init__(self, folder, split, meta):
         self.meta, self.tokens_file = meta, folder / f"{split}_tokens.npy"
-        self.tokens, self.labels = read_npy(self.tokens_file), read_npy(folder / f"{split}_labels.npy")
-        if self.tokens.shape[1:] != tuple(meta["grid"]) or self.tokens.dtype not in (np.uint16, np.uint32):
-            raise SystemExit(f"{self.tokens_file} holds {self.tokens.dtype} {self.tokens.shape}, not uint16 or uint32 "
+        tokens, self.labels = read_npy(self.tokens_file), np.array(read_npy(folder / f"{split}_labels.npy"))
+        if tokens.shape[1:] != tuple(meta["grid"]) or tokens.dtype not in (np.uint16, np.uint32):
+            raise SystemExit(f"{self.tokens_file} holds {tokens.dtype} {tokens.shape}, not uint16 or uint32 "
                              f"(n, {', '.join(map(str, meta['grid']))}) as meta.json says")
-        if self.labels.shape != (len(self.tokens),):
-            raise SystemExit(f"{folder}: {len(self.tokens)} {split} sequences, but labels of shape {self.labels.shape}")
-        if len(self.tokens) == 0:
+        if self.labels.shape != (len(tokens),) or self.labels.dtype.kind not in "iu":
+            raise SystemExit(f"{folder}: {len(tokens)} {split} sequences, but {self.labels.dtype} labels of shape "
+                             f"{self.labels.shape}")
+        if len(tokens) == 0:
             raise SystemExit(f"{self.tokens_file} is empty")
+        self.where = dict(dtype=tokens.dtype, mode="r", offset=tokens.offset, shape=tokens.shape,
+                          order="F" if tokens.flags.fnc else "C")
 
     def __len__(self):
-        return len(self.tokens)
+        return len(self.labels)
 
     def rows(self, index):
         """Sequences and labels by index, checked.  index (B,) -> tokens (B, N) int64, labels (B,) int64"""
-        tokens = self.tokens[index].reshape(len(index), -1).astype(np.int64)
+        tokens = np.memmap(self.tokens_file, **self.where)[index].reshape(len(index), -1).astype(np.int64)
         labels = self.labels[index].astype(np.int64)
         for what, values, limit in [("token", tokens.max(1), self.meta["vocab"]),
                                     ("label", labels, max(1, self.meta["n_classes"]))]:
@@ -49,20 +65,18 @@ class Split:
 
 
 def read_npy(path):
+    """A memory-mapped array."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise SystemExit(f"{path} is not one array")
-    return array
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:                                          # a spoiled header raises many kinds
+        raise SystemExit(f"{path} cannot be read: {str(error).strip().splitlines()[:1]}") from None
 
 
 def read_meta(folder):
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from None
     for key, kind in META.items():
         if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
@@ -82,14 +96,26 @@ def source_names():
     return sorted(p.stem for p in SOURCES.glob("[a-z]*.py"))
 
 
+def import_source(name):
+    if name not in source_names():
+        close = difflib.get_close_matches(name, source_names(), n=1, cutoff=0)
+        raise SystemExit(f"no source {name}; there are {', '.join(source_names())}; did you mean {close[0]}?")
+    return importlib.import_module(f"sources.{name}")
+
+
 def load(name, image_size=0, levels=0):
     """Open data/<name>, made first where its source can make itself.  -> meta, {"train": Split, "val": Split}"""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise SystemExit(f"data {name} leaves the folder {ROOT}/")
     folder = ROOT / name
     if name in source_names():
-        source = importlib.import_module(f"sources.{name}")
-        folder = ROOT / source.folder_name(image_size, levels)
+        source, how = import_source(name), Make(name, image_size=image_size, levels=levels)
+        folder = ROOT / source.folder_name(how)
         if not (folder / "meta.json").exists():
-            make(source, folder, image_size, levels)
+            if not source.MAKES_ITSELF:
+                raise SystemExit(f"no data in {folder}: make it with `python data.py {name}` "
+                                 f"(--image-size {image_size or 'S'} --levels {levels or 'L'} where not its own)")
+            make(source, folder, how)
     elif not (folder / "meta.json").exists():
         close = difflib.get_close_matches(name, source_names(), n=1)
         raise SystemExit(f"no data in {folder} and no source of that name"
@@ -98,23 +124,55 @@ def load(name, image_size=0, levels=0):
     return meta, {split: Split(folder, split, meta) for split in ("train", "val")}
 
 
-def make(source, folder, image_size, levels):
+class Writer:
+    """<split>_tokens.npy, written a chunk at a time."""
+
+    def __init__(self, folder, split, meta):
+        self.file, self.n, self.labels = open(folder / f"{split}_tokens.npy", "wb"), 0, []
+        self.dtype, self.grid = np.dtype(np.uint16 if meta["vocab"] <= 2**16 else np.uint32), tuple(meta["grid"])
+        self.labels_file = folder / f"{split}_labels.npy"
+        self.write_header()
+
+    def write_header(self):
+        """At the start and again when n is known: numpy pads it so that any n fits."""
+        np.lib.format.write_array_header_1_0(self.file, dict(descr=self.dtype.str, fortran_order=False,
+                                                             shape=(self.n, *self.grid)))
+
+    def add(self, tokens, labels):
+        assert tokens.shape == (len(labels), *self.grid)
+        self.file.write(tokens.astype(self.dtype).tobytes())
+        self.labels.append(np.asarray(labels, np.int64))
+        self.n += len(labels)
+
+    def close(self):
+        begin = self.file.seek(0)
+        self.write_header()
+        assert begin == 0 and self.file.tell() + self.n * self.dtype.itemsize * math.prod(self.grid) \
+            == self.file.seek(0, 2)
+        self.file.close()
+        np.save(self.labels_file, np.concatenate(self.labels))
+
+
+def make(source, folder, how):
     """Write a source's tokens to folder, whole or not at all, also where several runs make it at once."""
-    meta, splits = source.make(image_size, levels)
+    meta, chunks = source.make(how)                                     # (split, tokens (m, *grid), labels (m,))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}_") as scratch:
-        new = Path(scratch) / folder.name
+        new, writers = Path(scratch) / folder.name, {}
         new.mkdir()
-        for split, (tokens, labels) in splits.items():
-            np.save(new / f"{split}_tokens.npy", tokens.astype(np.uint16 if meta["vocab"] <= 2**16 else np.uint32))
-            np.save(new / f"{split}_labels.npy", labels.astype(np.int64))
+        for split, tokens, labels in chunks:
+            if split not in writers:
+                writers[split] = Writer(new, split, meta)
+            writers[split].add(tokens, labels)
+        for writer in writers.values():
+            writer.close()
         (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         try:
             new.rename(folder)
         except OSError:                                                 # another run was first
             if not (folder / "meta.json").exists():
                 raise SystemExit(f"{folder} is in the way and holds no data: remove it") from None
-    print(f"made {folder}: " + ", ".join(f"{len(y)} {split}" for split, (_, y) in splits.items())
+    print(f"made {folder}: " + ", ".join(f"{writer.n} {split}" for split, writer in writers.items())
           + f" sequences of {' x '.join(map(str, meta['grid']))} tokens, vocabulary {meta['vocab']}")
 
 
@@ -137,20 +195,11 @@ class Order:
         return out
 
 
-@dataclass(frozen=True)
-class Make:
-    """Make data/<name>/ from one of sources/."""
-    source: str             # file name in sources/, without .py
-    name: str = ""          # folder under data/; "": the source's own
-    image_size: int = 0     # tokens per side; 0: the source's own
-    levels: int = 0         # grey levels; 0: the source's own
-
-
 if __name__ == "__main__":
     import tyro
 
-    args = tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,))
-    if not (SOURCES / f"{args.source}.py").exists():
-        raise SystemExit(f"no source {args.source}; there are {', '.join(source_names())}")
-    chosen = importlib.import_module(f"sources.{args.source}")
-    make(chosen, ROOT / (args.name or chosen.folder_name(args.image_size, args.levels)), args.image_size, args.levels)
+    how = tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,))
+    if "/" in how.name or how.name.startswith("."):
+        raise SystemExit(f"--name {how.name} is not a plain folder name")
+    source = import_source(how.source)
+    make(source, ROOT / (how.name or source.folder_name(how)), how)

@@ -7,7 +7,7 @@ import numpy as np
 TILE = 128              # pixels per side of a picture of one sequence, about
 GAP = 8
 MAX_FRAMES = 240        # a longer run is shown every few steps
-WRITTEN = (255, 140, 0)
+WRITTEN, KNOWN = (255, 140, 0), (60, 160, 255)
 BACKGROUND, TEXT = (24, 24, 28), (235, 235, 235)
 
 
@@ -109,8 +109,8 @@ def samples_png(path, tokens, labels, meta, decoder=None):
     canvas.image.save(path)
 
 
-def planner_frames(states, labels, meta, decoder=None):
-    """Frames of a run: per sequence the state, sites just written in orange, and the planner's map beside it.
+def planner_frames(states, labels, meta, decoder=None, known=None):
+    """Frames of a run: per sequence the state, sites just written in orange, known ones in blue, and the planner's map.
 
     states: a list of (x, p_noise, written (n, h, w) arrays, nfe) per step  ->  yields (H, W, 3) uint8
     """
@@ -129,10 +129,15 @@ def planner_frames(states, labels, meta, decoder=None):
         canvas.text(f"expected noise left {p_noise.sum() / n:5.1f} of {x[0].size}", GAP + 290, 10, 18)
         canvas.draw.rectangle((bar_x - 156, 14, bar_x - 144, 26), outline=WRITTEN, width=2)
         canvas.text("just written", bar_x - 138, 11, 15)
+        if known is not None:
+            canvas.draw.rectangle((bar_x - 36, 14, bar_x - 24, 26), outline=KNOWN, width=2)
+            canvas.text("known", bar_x - 18, 11, 15)
         for i in range(n):
             left, top = GAP + i % columns * cell_w, 40 + i // columns * cell_h
             canvas.text(name_of(labels[i], meta), left, top, 15)
             canvas.text(f"noise {p_noise[i].sum():.1f}", left + 2 * width + 2, top, 15, "ra")
+            if known is not None:
+                outline(tiles[i], flat(known)[i], KNOWN)
             outline(tiles[i], flat(written)[i], WRITTEN)
             canvas.paste(tiles[i], left, top + 20)
             canvas.paste(stretch(heat(flat(p_noise)[i]), (height, width)), left + width + 2, top + 20)

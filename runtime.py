@@ -191,24 +191,32 @@ class Log:
             import wandb
 
             host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_key(host) and is_reachable(host) else "offline")
+            mode = os.environ.get("WANDB_MODE") or cfg.wandb_mode
+            if mode == "auto":
+                mode = "online" if has_key(host) and is_reachable(host) else "offline"
             if mode == "offline":
                 print("wandb: offline, to be sent later with `wandb sync`")
+            kept = Path(folder) / "wandb_id.txt"                        # the same run goes on under the same id
+            if not kept.exists():
+                kept.write_text(wandb.util.generate_id() + "\n")
             self.wandb = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity or None, dir=folder, mode=mode,
-                                    name=cfg.wandb_name or Path(folder).name, config=vars(cfg))
+                                    name=cfg.wandb_name or Path(folder).name, config=vars(cfg),
+                                    id=kept.read_text().strip(), resume="allow")
 
     def write(self, it, **values):
         if self.file:
             self.file.write(json.dumps({"it": it, **values}) + "\n")
             self.file.flush()
         if self.wandb:
-            self.wandb.log(values, step=it)
+            bins = {f"{k}/{i}": v for k, many in values.items() if isinstance(many, list) for i, v in enumerate(many)}
+            self.wandb.log({k: v for k, v in values.items() if not isinstance(v, list)} | bins, step=it)
 
-    def image(self, it, name, path):
-        if self.wandb:
-            import wandb
+    def media(self, it, **paths):
+        """Pictures (.png) and videos."""
+        import wandb
 
-            self.wandb.log({name: wandb.Image(str(path))}, step=it)
+        self.wandb.log({name: wandb.Image(str(path)) if path.suffix == ".png" else wandb.Video(str(path), format="mp4")
+                        for name, path in paths.items()}, step=it)
 
     def close(self):
         if self.file:

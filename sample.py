@@ -27,12 +27,14 @@ class Flags:
     top_p: float = 1.0                      # probability mass it draws from, in (0, 1]
     guidance: float = 1.0                   # of the denoiser: 1 follows the label as trained, more exaggerates it
     planner_guidance: float = 1.0           # of the planner
+    guidance_ramp: bool = False             # let both grow from 1 with the share of noise gone
+    known: str = ""                         # .npz with tokens (n, *grid) and mask, True where they stay: inpainting
     n_video: int = 10                       # samples in the video; 0: no video
     decoder: str = ""                       # TorchScript file, tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
 
 
 OPTIONS = ("n_steps", "schedule", "k", "pick", "stop", "refine", "temperature", "top_k", "top_p", "guidance",
-           "planner_guidance")
+           "planner_guidance", "guidance_ramp")
 
 if __name__ == "__main__":
     flags = config.load(Flags)
@@ -66,6 +68,35 @@ def load_decoder(path, meta, device):
     return lambda tokens: decoder(tokens.to(device).long())
 
 
+def load_known(path, meta, labels):
+    """Tokens to keep: one sequence for each sample, or one for all.  -> tokens, mask (n, N), labels"""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tokens, mask = file["tokens"], file["mask"]
+            own = file["labels"].astype(np.int64).tolist() if "labels" in file else []
+    except Exception as error:                                          # np.load raises a dozen kinds
+        raise SystemExit(f"{path} cannot be read as tokens and mask: {runtime.first_line(error)}") from None
+    grid = tuple(meta["grid"])
+    if tokens.shape[-len(grid):] != grid or tokens.ndim > len(grid) + 1 or mask.dtype != bool:
+        raise SystemExit(f"{path} holds tokens {tokens.shape} and a {mask.dtype} mask {mask.shape}, not tokens of grid "
+                         f"{grid} and a bool mask")
+    if not tokens.size or not mask.size or tokens.dtype.kind not in "iu":
+        raise SystemExit(f"{path} holds {tokens.shape} tokens of {tokens.dtype}, not whole numbers")
+    n = len(tokens) if tokens.ndim > len(grid) else 1
+    labels = labels or (own if len(own) == n else [meta["n_classes"]] * n)
+    try:
+        shape = (len(labels), *grid)
+        pair = [np.array(np.broadcast_to(y, shape)).reshape(len(labels), -1) for y in (tokens.astype(np.int64), mask)]
+    except ValueError:
+        raise SystemExit(f"{path}: tokens {tokens.shape} and mask {mask.shape} do not fit {len(labels)} samples of "
+                         f"grid {grid}") from None
+    kept = pair[0][pair[1]]
+    if kept.size and not 0 <= kept.min() <= kept.max() < meta["vocab"]:
+        raise SystemExit(f"{path}: tokens that are kept must lie in [0, {meta['vocab']}), "
+                         f"not {kept.min()} to {kept.max()}")
+    return *(torch.from_numpy(y) for y in pair), labels
+
+
 def main(flags):
     device = runtime.pick_device()
     if flags.seed < 0 or flags.n_video < 0:
@@ -73,10 +104,14 @@ def main(flags):
     state = runtime.load_run(flags.run)
     meta, kind = state["meta"], config.kind_of(state["config"])
     n_classes = meta["n_classes"]
-    for label in flags.labels:
+    labels, given, known = list(flags.labels), None, None
+    if flags.known:
+        given, known, labels = load_known(flags.known, meta, labels)
+        given, known = given.to(device), known.to(device)
+    for label in labels:
         if not 0 <= label <= n_classes:
             raise SystemExit(f"--labels {label}: {flags.run} knows 0 to {n_classes - 1}, and {n_classes} for no label")
-    labels = list(flags.labels) or [min(i, n_classes) for i in range(n_classes if 0 < n_classes <= 10 else 8)]
+    labels = labels or [min(i, n_classes) for i in range(n_classes if 0 < n_classes <= 10 else 8)]
     if (flags.guidance, flags.planner_guidance) != (1, 1) and not state["config"]["label_dropout"]:
         raise SystemExit(f"{flags.run} was trained without label dropout: there is nothing to guide away from")
     decoder = load_decoder(flags.decoder, meta, device) if flags.decoder else None
@@ -87,7 +122,8 @@ def main(flags):
     shown, n_shown, began = [], min(flags.n_video, len(labels)), time.perf_counter()
     label = torch.tensor(labels, device=device)
     with runtime.one_line_errors(ValueError), runtime.autocast(device, state["config"]["dtype"]):
-        steps = samplers.run(flags.sampler, kind, nets, label, meta=meta, generator=rng, **options)
+        steps = samplers.run(flags.sampler, kind, nets, label, meta=meta, generator=rng, given=given,
+                             known=known, **options)
         first = next(steps)                                             # a refusal comes before the bar
         for s in tqdm(itertools.chain([first], steps), total=flags.n_steps + flags.refine, unit="step"):
             if n_shown:
@@ -104,7 +140,9 @@ def main(flags):
         render.samples_png(folder / "samples.png", tokens, labels, meta, decoder)
         written = ["samples.png", "samples.npz"]
         if n_shown:
-            render.write_video(folder / "planner", render.planner_frames(shown, labels[:n_shown], meta, decoder))
+            render.write_video(folder / "planner", render.planner_frames(
+                shown, labels[:n_shown], meta, decoder, known[:n_shown].unflatten(1, meta["grid"]).cpu().numpy()
+                if flags.known else None))
             written += ["planner.mp4", "planner.gif"]
     print(f"wrote {', '.join(written)} in {folder}")
 

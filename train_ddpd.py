@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ class Losses(nn.Module):
 def draw_tasks(cfg, meta, split, order, it, g, n_groups):
     """What the networks learn in micro-batch g of n_groups of iteration `it`.  -> {name: Task} on the host"""
     start, key = (it * n_groups + g) * cfg.batch_size, (it, g)
-    if cfg.overfit:                                                     # the same sequences, the same noise
+    if cfg.overfit and cfg.overfit_noise == "fixed":                    # the same sequences, the same noise
         start %= order.n
         key = (0, start)
     rng = runtime.generator(cfg.seed, NOISE, *key)
@@ -111,13 +111,19 @@ def validate(cfg, meta, nets, split, device):
 
 
 @torch.no_grad()
-def draw_samples(cfg, meta, nets, device, path, n_steps=32):
-    """A picture of a few samples, classes in turn, by planned denoising."""
+def draw_samples(cfg, meta, nets, device, it, log, n_steps=32):
+    """samples.png of a few samples, classes in turn, by planned denoising; with the planner's video for wandb"""
     label = torch.arange(cfg.eval_samples, device=device) % max(1, meta["n_classes"])
-    rng = runtime.generator(EVAL, device=device)
+    rng, shown = runtime.generator(EVAL, device=device), []
     with runtime.autocast(device, cfg.dtype):
-        final = samplers.last(samplers.run("ddpd", cfg.kind, nets, label, meta=meta, generator=rng, n_steps=n_steps))
-    render.samples_png(path, final.x.view(-1, *meta["grid"]).cpu().numpy(), label.tolist(), meta)
+        for s in samplers.run("ddpd", cfg.kind, nets, label, meta=meta, generator=rng, n_steps=n_steps):
+            if log.wandb:
+                shown.append([y.unflatten(1, meta["grid"]).cpu().numpy() for y in s[:3]] + [s.nfe.cpu().numpy()])
+    folder = Path(cfg.out_dir)
+    render.samples_png(folder / "samples.png", s.x.view(-1, *meta["grid"]).cpu().numpy(), label.tolist(), meta)
+    if log.wandb:
+        render.write_video(folder / "planner", render.planner_frames(shown, label.tolist(), meta))
+        log.media(it, samples=folder / "samples.png", planner=folder / "planner.mp4")
 
 
 def open_run(cfg, meta, world):
@@ -158,8 +164,56 @@ def is_run(folder):
         return False
 
 
-def say_what(cfg, meta, nets, world):
-    """What a reader needs to judge the first numbers."""
+def start_from(cfg, shape, nets, ema):
+    """Averaged weights of the run cfg.init_from, into a run that has none of its own yet."""
+    other = runtime.load_run(cfg.init_from)
+    theirs, kind = model.shape_of(other["config"], other["meta"]), config.kind_of(other["config"])
+    for name in (f.name for f in fields(shape)):
+        if getattr(theirs, name) != getattr(shape, name):
+            raise SystemExit(f"--init-from {cfg.init_from} has {name} {getattr(theirs, name)}, "
+                             f"not {getattr(shape, name)}")
+    if kind != cfg.kind:
+        raise SystemExit(f"--init-from {cfg.init_from} is a {kind} run, not {cfg.kind}")
+    for k in nets:
+        nets[k].load_state_dict(other["ema"][k])
+        ema[k].load_state_dict(other["ema"][k])
+
+
+def stated_meta(cfg):
+    """The data as the config states it, nothing read; None where it does not."""
+    return dict(name=cfg.data, vocab=cfg.vocab, grid=list(cfg.grid), n_classes=cfg.n_classes) if cfg.vocab else None
+
+
+def open_data(cfg):
+    """The data, which must be what the config states.  -> meta, splits"""
+    meta, splits = data.load(cfg.data, cfg.image_size, cfg.levels)
+    for key, said in (stated_meta(cfg) or {}).items():
+        if key != "name" and meta[key] != said:
+            raise SystemExit(f"{key} is {meta[key]} in data {cfg.data}, but {said} in the config")
+    return meta, splits
+
+
+def dry_run(cfg):
+    """Print what this config takes, and train nothing."""
+    device = runtime.pick_device()
+    meta = stated_meta(cfg) or open_data(cfg)[0]
+    try:
+        shape = model.shape_of(asdict(cfg), meta)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    autocast = runtime.autocast(device, cfg.dtype)
+    n_params, size, flops, rate = model.costs(shape, cfg.kind, cfg.batch_size, device, autocast)
+    print(f"{cfg.data}: {' x '.join(map(str, meta['grid']))} tokens, V = {meta['vocab']}, {meta['n_classes']} classes; "
+          f"{n_params / 1e6:.2f} M parameters; batch {cfg.batch_size} per process")
+    print(f"memory per process: {sum(size.values()) / 2**30:.2f} GiB = "
+          + " + ".join(f"{name} {b / 2**30:.2f}" for name, b in size.items()))
+    flops *= cfg.grad_accumulation_steps
+    print(f"time per iteration: {flops / rate:.3g} s = {flops / 1e12:.3g} TFLOP at {rate / 1e12:.3g} TFLOP/s, measured "
+          f"on one block on this {device.type}; all {cfg.max_iters}: {cfg.max_iters * flops / rate / 3600:.2g} hours")
+
+
+def say_what(cfg, meta, train, nets, world):
+    """Print what a reader needs to judge the first numbers.  -> the losses named in it, nats"""
     n_tokens = math.prod(meta["grid"])
     per_step = n_tokens * cfg.batch_size * cfg.grad_accumulation_steps * world.size
     sizes = ", ".join(f"{k} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M" for k, net in nets.items())
@@ -167,20 +221,31 @@ def say_what(cfg, meta, nets, world):
           f"{meta['n_classes']} classes; {sizes} parameters")
     print(f"{per_step} tokens per iteration on {world.size} x {world.device.type}, "
           f"{'bfloat16' if runtime.autocast(world.device, cfg.dtype)._enabled else 'float32'}")
-    print(f"denoiser CE starts at ln V = {math.log(meta['vocab']):.4f} nats")
+    floors = dict(denoiser_start=math.log(meta["vocab"]))
+    print(f"denoiser CE starts at ln V = {floors['denoiser_start']:.4f} nats")
     if "planner" in nets:
+        floors |= dict(planner_blind=processes.BLIND, planner_level_only=processes.LEVEL_ONLY,
+                       planner_floor=processes.planner_floor(meta["vocab"]))
         print(f"planner BCE: {processes.BLIND:.4f} nats blind, {processes.LEVEL_ONLY:.4f} reading only the level, "
-              f"{processes.planner_floor(meta['vocab']):.4f} at best (tokens redrawn as themselves)")
+              f"{floors['planner_floor']:.4f} at best (tokens redrawn as themselves)")
+    if 0 < cfg.overfit <= 64 and cfg.overfit_noise == "fresh":
+        x0, label = (torch.from_numpy(y) for y in train.rows(np.arange(min(cfg.overfit, len(train)))))
+        by_heart = objectives.floors(x0, label, meta["vocab"], cfg.nets, cfg.denoiser_process, runtime.generator(EVAL))
+        floors |= {f"{k}_by_heart": v for k, v in by_heart.items()}
+        print(f"{len(x0)} sequences known by heart leave: " + ", ".join(f"{k} {v:.4f}" for k, v in by_heart.items()))
     if world.device.type == "cpu" and n_tokens * cfg.n_embd > 2**17:
         print("warning: this setting takes hours on a CPU; configs/digits.py takes minutes")
+    return floors
 
 
 def main(cfg):
+    if cfg.dry_run:
+        return dry_run(cfg)
     world = runtime.start()
     stop = runtime.Stop(world)
     if not world.is_main:
         torch.distributed.barrier()                                     # rank 0 makes the data and the folder
-    meta, splits = data.load(cfg.data, cfg.image_size, cfg.levels)
+    meta, splits = open_data(cfg)
     try:
         shape = model.shape_of(asdict(cfg), meta)
     except ValueError as error:
@@ -209,21 +274,23 @@ def main(cfg):
             optimizers[k].load_state_dict(state["optimizers"][k])
             for group, decay in zip(optimizers[k].param_groups, decays, strict=True):
                 group["weight_decay"] = decay                           # today's flag, not the checkpoint's
+    elif cfg.init_from:
+        start_from(cfg, shape, nets, ema)
     learner = Losses(nets)
     if cfg.compile:
         for net in nets.values():
             net.hidden = torch.compile(net.hidden)
     if world.size > 1:
-        learner = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False)
+        learner = nn.parallel.DistributedDataParallel(learner, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     train = splits["train"]
     n_train = min(cfg.overfit, len(train)) if cfg.overfit else len(train)
     order, n_groups = data.Order(n_train, None if cfg.overfit else cfg.seed), cfg.grad_accumulation_steps * world.size
     log = runtime.Log(cfg.out_dir, cfg, world)
     if world.is_main:
-        say_what(cfg, meta, nets, world)
+        floors = say_what(cfg, meta, train, nets, world)
         log.write(it, start=True, commit=runtime.commit(), torch=torch.__version__, device=str(world.device),
-                  config=asdict(cfg))
+                  floors={k: round(v, 5) for k, v in floors.items()}, config=asdict(cfg))
 
     losses_sum, n_summed = torch.zeros(len(nets), device=world.device), 0
     first_bad = torch.full((), math.inf, device=world.device)           # iteration of the first loss that is not finite
@@ -322,8 +389,7 @@ def main(cfg):
             scores = validate(cfg, meta, ema, splits["val"], world.device)
             log.write(it, **scores)
             if cfg.eval_samples:
-                draw_samples(cfg, meta, ema, world.device, Path(cfg.out_dir) / "samples.png")
-                log.image(it, "samples", Path(cfg.out_dir) / "samples.png")
+                draw_samples(cfg, meta, ema, world.device, it, log)
             said = {k.removeprefix("val_"): v for k, v in scores.items() if "bins" not in k}
             bar.write(f"{it:>6}: " + ", ".join(f"{k} {v and round(v, 4)}" for k, v in said.items()))
             clock += time.perf_counter() - paused                       # tokens/s leaves validation out

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from diffusion.processes import corrupt
+from diffusion.processes import corrupt, stratified_t
 
 
 class Task(NamedTuple):
@@ -56,6 +56,39 @@ def planner_loss(logits, is_noise):
 def denoiser_loss(logits, x0):
     """Cross-entropy, nats.  (n, V), (n,) -> (n,)"""
     return F.cross_entropy(logits, x0, reduction="none")
+
+
+def floors(x0, label, vocab, nets, denoiser_process, generator, n_rows=2048):
+    """Least losses on fresh noise over a few sequences that are known by heart: Bayes' rule over all of them.
+
+    x0 (S, N), label (S,)  ->  {name: nats per token}, by n_rows draws of noise
+    """
+    row = torch.arange(n_rows) % len(x0)
+    t = stratified_t(n_rows, generator)
+    tasks = ddpd(x0[row], t, label[row], vocab, generator, nets, denoiser_process)
+    is_peer = (label[row][:, None] == label).double().log()             # (R, S): the label rules the others out
+    out = {}
+    for name, task in tasks.items():
+        hit = task.xt[:, None] == x0                                    # (R, S, N)
+        if name == "planner":                                           # is told no t: the sum is over levels too
+            u = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
+            match, miss, n_hit = (1 - u + u / vocab).log(), (u / vocab).log(), hit.sum(-1, keepdim=True)
+            joint = is_peer[..., None] + n_hit * match + (x0.shape[1] - n_hit) * miss           # (R, S, levels)
+            w = joint.flatten(1).softmax(1).view_as(joint)
+            clean = torch.einsum("rsn,rs->rn", hit.double(), (w * (1 - (miss - match).exp())).sum(-1))
+            p_true = torch.where(task.target.view_as(clean) > 0, 1 - clean, clean).flatten()
+        else:
+            level = t.double()[:, None]
+            like = torch.where(hit, (1 - level + level / vocab).log(), (level / vocab).log())   # (R, S, N)
+            like = torch.where(task.xt[:, None] == vocab, 0.0, like)
+            if denoiser_process == "mask":
+                like = torch.where(hit | (task.xt[:, None] == vocab), 0.0, -torch.inf)
+            total = is_peer + like.sum(-1)                              # (R, S)
+            w = (total if nets == "single" or denoiser_process == "mask" else total[..., None] - like).softmax(1)
+            w = w.view(*w.shape[:2], -1)                                # masks have no evidence of their own
+            p_true = (w * (x0 == x0[row][:, None])).sum(1).flatten()[task.sites]
+        out[name] = -p_true.clamp_min(1e-12).log().mean().item()
+    return out
 
 
 LOSSES = {"planner": planner_loss, "denoiser": denoiser_loss}

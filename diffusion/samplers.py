@@ -32,14 +32,24 @@ def check_fit(kind, sampler):
 
 
 def guided(net, x, t, label, sites, guidance, null_label):
-    """unlabelled + guidance * (labelled - unlabelled), both in one batch (arXiv:2207.12598).  -> logits, calls"""
+    """unlabelled + guidance * (labelled - unlabelled), both in one batch (arXiv:2207.12598).  -> logits, calls
+
+    guidance: a number, or one for each row, (B, 1)
+    """
     where = () if sites is None else (sites,)
-    if guidance == 1.0:
+    if isinstance(guidance, float | int) and guidance == 1:
         return net(x, t, label, *where), 1
     twice = [torch.cat([y, y]) for y in (x, t, *where)]
     both = net(*twice[:2], torch.cat([label, torch.full_like(label, null_label)]), *twice[2:])
     with_label, without = both.clamp(-1e4, 1e4).chunk(2)                # two impossible ids have no difference
+    if isinstance(guidance, torch.Tensor):
+        guidance = guidance.view(-1, *[1] * (both.dim() - 1)).to(both)
     return without + guidance * (with_label - without), 2
+
+
+def ramp(guidance, t, is_ramped):
+    """Guidance that grows from 1 with the share of noise gone, where it is ramped.  t (B, 1) -> (B, 1), or a number"""
+    return 1 + (guidance - 1) * (1 - t) if is_ramped and guidance != 1 else guidance
 
 
 def sharpen(logits, temperature, top_k, top_p):
@@ -73,7 +83,7 @@ def first_by(weight, generator):
 @torch.no_grad()
 def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", k=1, pick="proportional",
          denoiser_process="uniform", vocab=None, known=None, stop=0.0, refine=0, temperature=1.0, top_k=0, top_p=1.0,
-         guidance=1.0, planner_guidance=1.0, null_label=None):
+         guidance=1.0, planner_guidance=1.0, guidance_ramp=False, null_label=None):
     """Planned denoising (arXiv:2410.06264, alg. 1): the planner says where noise is, the denoiser what it should be.
 
     x (B, N) int64 of uniform noise, label (B,)  ->  yields State, n_steps + refine of them, fewer where all stop early.
@@ -84,6 +94,7 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
     denoiser_process  "mask": it reads x with every token masked (id vocab) that a Bernoulli(p_noise) draw calls noise
     known      (B, N) bool, tokens that are never written; they count as neither noise nor data
     stop       expected number of noise tokens under which a sequence is done; 0: it spends all its steps
+    guidance, planner_guidance   1: as trained, more: towards the label; guidance_ramp: growing from 1 as noise goes
     refine     further steps of k sites after n_steps, for all sequences; each sharpens the law
     """
     check_ddpd(planner, n_steps=n_steps, schedule=schedule, k=k, pick=pick, denoiser_process=denoiser_process,
@@ -105,10 +116,12 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
 
         # 1. plan: where is noise, and how much
         if planner is None:
-            logits, calls = guided(denoiser, x[rows], t[rows], label[rows], None, guidance, null_label)
+            logits, calls = guided(denoiser, x[rows], t[rows], label[rows], None,
+                                   ramp(guidance, t[rows], guidance_ramp), null_label)
             p, others = from_self(logits.float().softmax(-1), x[rows], t[rows])
         else:
-            logits, calls = guided(planner, x[rows], t[rows], label[rows], None, planner_guidance, null_label)
+            logits, calls = guided(planner, x[rows], t[rows], label[rows], None,
+                                   ramp(planner_guidance, t[rows], guidance_ramp), null_label)
             p = logits.float().sigmoid()
         nfe[rows] += calls
         p = p * free[rows]                                              # (b, N)
@@ -140,7 +153,8 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
                 logits = others[busy].gather(1, sites[..., None].expand(-1, -1, others.shape[-1])).log()
             else:
                 seen = x[rows].masked_fill(is_noise | where, vocab) if denoiser_process == "mask" else x[rows]
-                logits, calls = guided(denoiser, seen, t[rows], label[rows], sites, guidance, null_label)
+                logits, calls = guided(denoiser, seen, t[rows], label[rows], sites,
+                                       ramp(guidance, t[rows], guidance_ramp), null_label)
                 nfe[rows] += calls
             new = draw(sharpen(logits.float(), temperature, top_k, top_p), generator)           # (b, K)
             x[rows] = x[rows].scatter(1, sites, torch.where(chosen, new, x[rows].gather(1, sites)))
@@ -188,11 +202,16 @@ def check_ddpd(planner, *, n_steps, schedule, k, pick, denoiser_process, vocab, 
         raise ValueError("guidance needs null_label, the class that stands for no label")
 
 
-def run(sampler, kind, nets, label, *, meta, generator, **options):
-    """Sample a run's nets from pure noise.   kind: key of FITS; label (B,); meta: the data's  ->  yields State"""
+def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, **options):
+    """Sample a run's nets from pure noise, but for tokens given (B, N) where known (B, N).
+
+    kind: key of FITS; label (B,); meta: the data's  ->  yields State
+    """
     check_fit(kind, sampler)
     vocab, shape = meta["vocab"], (len(label), math.prod(meta["grid"]))
     x = torch.randint(vocab, shape, generator=generator, device=label.device)
+    if known is not None:
+        x = torch.where(known, given, x)
     process = "mask" if kind == "maskd" else "uniform"
-    yield from ddpd(nets.get("planner"), nets["denoiser"], x, label, generator=generator, vocab=vocab,
+    yield from ddpd(nets.get("planner"), nets["denoiser"], x, label, generator=generator, vocab=vocab, known=known,
                     denoiser_process=process, null_label=meta["n_classes"], **options)

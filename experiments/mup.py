@@ -215,9 +215,10 @@ def plot_basin(rows):
                     panel.plot(rates[best], mean[best], "*", color=shade, markersize=13)
                     print(f"{part:>5} {net:>8} {name:>8} width {width:>4}: best lr {rates[best]:.2g}, "
                           f"loss {mean[best]:.4f}, {len(whole)} seeds differ by {np.ptp(by_seed[:, best]):.4f}")
+            span = 0.05 if net == "planner" else 0.3
             low = np.nanmin([line.get_ydata().min() for line in panel.lines])
             panel.set(xscale="log", title=f"{net}, {'training, fresh noise' if part == 'train' else 'validation'}",
-                      ylabel="nats per token", ylim=(low - 0.005, low + (0.05 if net == "planner" else 0.3)))
+                      ylabel="nats per token", ylim=(low - span / 15, low + span))
             panel.set_xticks(RATES["standard"], [f"{1000 * lr:g}" for lr in RATES["standard"]])
             panel.minorticks_off()
     for panel in panels[-1]:

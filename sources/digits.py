@@ -4,20 +4,21 @@ import numpy as np
 
 SIZE, LEVELS = 8, 17
 VAL_SHARE, SPLIT_SEED = 0.1, 0
+MAKES_ITSELF = True
 
 
-def folder_name(image_size, levels):
-    size, levels = image_size or SIZE, levels or LEVELS
+def folder_name(how):
+    size, levels = how.image_size or SIZE, how.levels or LEVELS
     return "digits" if (size, levels) == (SIZE, LEVELS) else f"digits_{size}x{size}_{levels}"
 
 
-def make(image_size=0, levels=0):
-    """Native, or resized and re-quantised.  -> meta, {split: (tokens (n, S, S), labels (n,))}; a tenth is held out"""
+def make(how):
+    """Native, or resized and re-quantised.  -> meta, [(split, tokens (n, S, S), labels (n,))]; a tenth is held out"""
     from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    size, levels = image_size or SIZE, levels or LEVELS
+    size, levels = how.image_size or SIZE, how.levels or LEVELS
     if levels < 2:
         raise SystemExit(f"levels is {levels}; it must be at least 2")
     pixels, labels = load_digits(return_X_y=True)
@@ -28,4 +29,4 @@ def make(image_size=0, levels=0):
     train, val = train_test_split(np.arange(len(labels)), test_size=VAL_SHARE, stratify=labels, random_state=SPLIT_SEED)
     meta = dict(name="digits", vocab=levels, grid=[size, size], n_classes=10, class_names=[str(d) for d in range(10)],
                 palette="grey", given=[])
-    return meta, {"train": (tokens[train], labels[train]), "val": (tokens[val], labels[val])}
+    return meta, [("train", tokens[train], labels[train]), ("val", tokens[val], labels[val])]
