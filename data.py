@@ -42,8 +42,8 @@ class Split:
             raise SystemExit(f"{self.tokens_file} holds {tokens.dtype} {tokens.shape}, not uint16 or uint32 "
                              f"(n, {', '.join(map(str, meta['grid']))}) as meta.json says")
         if self.labels.shape != (len(tokens),) or self.labels.dtype.kind not in "iu":
-            raise SystemExit(f"{folder}: {len(tokens)} {split} sequences, but {self.labels.dtype} labels of shape "
-                             f"{self.labels.shape}")
+            raise SystemExit(f"{folder}: {len(tokens)} {split} sequences, but labels of shape {self.labels.shape}, "
+                             f"{self.labels.dtype}")
         if len(tokens) == 0:
             raise SystemExit(f"{self.tokens_file} is empty")
         self.where = dict(dtype=tokens.dtype, mode="r", offset=tokens.offset, shape=tokens.shape,
@@ -69,7 +69,7 @@ def read_npy(path):
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:                                          # a spoiled header raises many kinds
-        raise SystemExit(f"{path} cannot be read: {str(error).strip().splitlines()[:1]}") from None
+        raise SystemExit(f"{path} cannot be read: {error!r}") from None
 
 
 def read_meta(folder):
@@ -85,11 +85,21 @@ def read_meta(folder):
         raise SystemExit(f"{path}: vocab must be at least 2, and class_names must name n_classes classes")
     if not meta["grid"] or not all(type(n) is int and n > 0 for n in meta["grid"]) or math.prod(meta["grid"]) < 2:
         raise SystemExit(f"{path}: grid {meta['grid']} is not a list of sizes that hold at least two tokens")
-    if isinstance(meta["palette"], list) and np.shape(meta["palette"]) != (meta["vocab"], 3):
-        raise SystemExit(f"{path}: palette must name a colour (r, g, b) for each of {meta['vocab']} tokens")
+    if isinstance(meta["palette"], list) and not is_palette(meta["palette"], meta["vocab"]):
+        raise SystemExit(f"{path}: palette must name a colour (r, g, b), 0 to 255, for each of {meta['vocab']} tokens")
+    if not all(isinstance(name, str) for name in meta["class_names"]):
+        raise SystemExit(f"{path}: class_names must be words")
+    for key, value in meta.items():
+        if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+            raise SystemExit(f"{path}: {key} {value!r} leaves the folder")
     if meta["given"]:
         raise SystemExit(f"{path}: tokens that are always given are not supported yet")
     return meta
+
+
+def is_palette(colours, vocab):
+    return len(colours) == vocab and all(isinstance(c, list) and len(c) == 3 and all(
+        type(v) in (int, float) and 0 <= v <= 255 for v in c) for c in colours)
 
 
 def source_names():

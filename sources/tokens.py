@@ -12,6 +12,7 @@ MAKES_ITSELF = False
 CODES = {"cosmos_di8x8": 8 * 8 * 8 * 5 * 5 * 5, "cosmos_di16x16": 8 * 8 * 8 * 5 * 5 * 5}    # ids a tokenizer can write
 N_VAL, SPLIT_SEED = 10_000, 0
 CHUNK = 2**22           # tokens read at a time
+MAX_IDS, MAX_CLASSES = 2**31, 2**20
 
 
 def folder_name(how):
@@ -27,13 +28,13 @@ def make(how):
         raise SystemExit(f"no file {how.file!r}: name the tokens with --file F.safetensors")
     top, n_labels, n, grid = 0, 0, 0, None
     for start, tokens, labels in read(path):
-        for what, values in [("token", tokens.reshape(len(tokens), -1).min(1)), ("label", labels)]:
-            if (values < 0).any():
-                bad = int(np.argmax(values < 0))
-                raise SystemExit(f"{path}, row {start + bad}: {what} {values[bad]} is negative")
-        if how.vocab and (tokens >= how.vocab).any():
-            bad = int(np.argmax((tokens.reshape(len(tokens), -1) >= how.vocab).any(1)))
-            raise SystemExit(f"{path}, row {start + bad}: token {tokens[bad].max()} is not in [0, {how.vocab})")
+        rows = tokens.reshape(len(tokens), -1)
+        for what, values, limit in [("token", rows.min(1), how.vocab or MAX_IDS),
+                                    ("token", rows.max(1), how.vocab or MAX_IDS), ("label", labels, MAX_CLASSES)]:
+            is_bad = (values < 0) | (values >= limit)
+            if is_bad.any():
+                bad = int(np.argmax(is_bad))
+                raise SystemExit(f"{path}, row {start + bad}: {what} {values[bad]} is not in [0, {limit})")
         top, n_labels, n = max(top, int(tokens.max())), max(n_labels, int(labels.max()) + 1), n + len(labels)
         grid = tokens.shape[1:]
     if grid is None:
@@ -75,10 +76,10 @@ def read(path):
                 n, *grid = indices.get_shape()
                 if len(grid) < 1 or labels.get_shape() != [n]:
                     raise ValueError(f"indices {indices.get_shape()} do not go with labels {labels.get_shape()}")
-                stop = start + max(1, CHUNK // max(1, int(np.prod(grid))))
+                stop = min(n, start + max(1, CHUNK // max(1, int(np.prod(grid)))))
                 x, y = indices[start:stop], labels[start:stop]
         except Exception as error:                                      # SafetensorError and what spoiled headers raise
-            raise SystemExit(f"{path} cannot be read: {str(error).strip().splitlines()[:1]}") from None
+            raise SystemExit(f"{path} cannot be read: {error!r}") from None
         if x.dtype.kind not in "iu" or y.dtype.kind not in "iu":
             raise SystemExit(f"{path} holds {x.dtype} indices and {y.dtype} labels, not integers")
         if x.size == 0:

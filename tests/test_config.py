@@ -6,7 +6,6 @@ import pytest
 from conftest import script
 
 import config
-import data
 
 FAMILY = """
 --batch-size --planner-lr --denoiser-lr --max-iters --weight-decay --warmup-iters --lr-decay-iters --grad-clip
@@ -96,73 +95,3 @@ def test_shipped_configs_are_read():
         cfg = config.load(argv=[str(path)])
         assert cfg.out_dir == f"out/{path.stem}"
         assert path.read_text().startswith('"""') and f"python train_ddpd.py configs/{path.name}" in path.read_text()
-
-
-# Data on disk
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data.load("digits", 8)
-    return Path("data/digits")
-
-
-def test_digits_are_split_once_and_for_all(folder):
-    """1,797 real digits, a stratified tenth held out, memory-mapped; any other size and depth on request."""
-    meta, splits = data.load("digits", 8)
-    assert (len(splits["train"]), len(splits["val"]), meta["vocab"], meta["grid"]) == (1617, 180, 17, [8, 8])
-    tokens, _ = splits["val"].rows([0, 1, 2])
-    assert tokens.shape == (3, 64) and type(splits["val"].tokens).__name__ == "memmap"
-    counts = [int((splits["val"].labels == c).sum()) for c in range(10)]
-    assert min(counts) >= 17 and max(counts) <= 19
-    meta, splits = data.load("digits", 32, 4)
-    assert meta["grid"] == [32, 32] and meta["vocab"] == 4 and splits["train"].tokens.max() == 3
-    native, _ = data.load("digits", 8)[1]["train"].rows([5])
-    resized, _ = splits["train"].rows([5])
-    blocks = resized.reshape(8, 4, 8, 4).mean((1, 3)) / 3
-    assert abs(blocks - native.reshape(8, 8) / 16).mean() < 0.1  # the same digit
-
-
-def spoil_array(name, change):
-    def spoil(folder):
-        import numpy as np
-
-        array = np.load(folder / name)
-        np.save(folder / name, change(array))
-
-    return spoil
-
-
-def put(array, index, value):
-    array[index] = value
-    return array
-
-
-@pytest.mark.parametrize(
-    "spoil, said",
-    [
-        (
-            spoil_array("train_tokens.npy", lambda a: put(a, (7, 0, 0), 17)),
-            "train_tokens.npy, row 7: token 17 is not in [0, 17)",
-        ),
-        (spoil_array("train_labels.npy", lambda a: put(a, 7, 10)), "row 7: label 10 is not in [0, 10)"),
-        (spoil_array("train_labels.npy", lambda a: a[:-1]), "1617 train sequences, but labels of shape (1616,)"),
-        (spoil_array("train_tokens.npy", lambda a: a[:, :7]), "train_tokens.npy holds uint16 (1617, 7, 8)"),
-        (spoil_array("train_tokens.npy", lambda a: a.astype(float)), "float64"),
-        (spoil_array("val_tokens.npy", lambda a: a[:0]), "labels"),
-        (lambda f: (f / "val_tokens.npy").write_bytes(b""), "val_tokens.npy cannot be read"),
-        (
-            lambda f: (f / "val_tokens.npy").write_bytes((f / "val_tokens.npy").read_bytes()[:999]),
-            "val_tokens.npy cannot be read",
-        ),
-        (lambda f: (f / "val_tokens.npy").unlink(), "val_tokens.npy cannot be read"),
-        (lambda f: (f / "meta.json").write_text("{"), "meta.json cannot be read"),
-        (lambda f: (f / "meta.json").write_text('{"name": "digits"}'), "meta.json: vocab is missing"),
-    ],
-)
-def test_spoiled_data_is_refused_by_file_and_row(folder, spoil, said):
-    spoil(folder)
-    with pytest.raises(SystemExit) as error:
-        data.load("digits", 8)[1]["train"].rows(range(20))
-    assert said in str(error.value) and "\n" not in str(error.value)
