@@ -5,6 +5,7 @@ import hashlib
 import json
 import netrc
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -198,7 +199,7 @@ class Log:
                 print("wandb: offline, to be sent later with `wandb sync`")
             kept = Path(folder) / "wandb_id.txt"                        # the same run goes on under the same id
             if not kept.exists():
-                kept.write_text(wandb.util.generate_id() + "\n")
+                kept.write_text(secrets.token_hex(4) + "\n")
             self.wandb = wandb.init(project=cfg.wandb_project, entity=cfg.wandb_entity or None, dir=folder, mode=mode,
                                     name=cfg.wandb_name or Path(folder).name, config=vars(cfg),
                                     id=kept.read_text().strip(), resume="allow")

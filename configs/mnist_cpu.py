@@ -2,6 +2,9 @@
 The data first: python data.py mnist --image-size 16"""
 data = "mnist"
 image_size = 16
+vocab = 8
+grid = (16, 16)
+n_classes = 10
 n_layer = 4
 n_head = 2              # head width 64: narrower ones are slower on a CPU
 n_embd = 128

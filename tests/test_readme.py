@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, script
 
+import data
+import sample
+
 SHORT = ["--max-iters", "2", "--eval-sequences", "8"]
 
 
@@ -40,9 +43,9 @@ def test_the_main_job(trained):
     """train, sample, evaluate: every file of a run is there and says what it should."""
     for said in ("1.06 M", "4096 tokens per iteration", "2.8332", "0.6931", "0.5000", "0.0885", "sample.py out/digits"):
         assert said in trained, said
-    _, sample, evaluate = commands()
-    assert (sample[0], evaluate[0]) == ("sample.py", "evaluate.py")
-    done = script(*sample, "--n-steps", 3, "--labels", 7, 7, 10)
+    _, draw, evaluate = commands()
+    assert (draw[0], evaluate[0]) == ("sample.py", "evaluate.py")
+    done = script(*draw, "--n-steps", 3, "--labels", 7, 7, 10)
     assert done.returncode == 0, done.stderr
     assert "3 samples, 6.0 NFE each" in done.stdout
     saved = np.load("out/digits/samples.npz")
@@ -69,6 +72,43 @@ def test_the_reference_setting_trains():
     assert rows[0]["config"]["planner_lr"] == 2e-4 and rows[-1]["it"] == 2
 
 
+def test_known_tokens_stay(trained):
+    """--known: one half of real digits is kept, labels come from the file, the rest is filled in."""
+    _, splits = data.load("digits", 8)
+    tokens, labels = splits["val"].rows(np.arange(3))
+    tokens, mask = tokens.reshape(3, 8, 8), np.zeros((8, 8), bool)
+    mask[:4] = True
+    np.savez("half.npz", tokens=tokens, mask=mask, labels=labels)
+    done = script("sample.py", "out/digits", "--known", "half.npz", "--n-steps", 4)
+    assert done.returncode == 0, done.stderr
+    saved = np.load("out/digits/samples.npz")
+    assert np.array_equal(saved["tokens"][:, :4], tokens[:, :4]) and saved["labels"].tolist() == labels.tolist()
+    assert not np.array_equal(saved["tokens"][:, 4:], tokens[:, 4:])
+    np.savez("one.npz", tokens=tokens[0], mask=mask)
+    done = script("sample.py", "out/digits", "--known", "one.npz", "--labels", 1, 2, "--n-steps", 1, "--n-video", 0)
+    assert done.returncode == 0, done.stderr
+    assert (np.load("out/digits/samples.npz")["tokens"][:, :4] == tokens[0, :4]).all()
+
+
+@pytest.mark.parametrize(
+    "arrays, said",
+    [
+        (dict(tokens=np.zeros((2, 8, 8), int)), "mask"),
+        (dict(tokens=np.zeros((2, 8, 7), int), mask=np.ones((8, 8), bool)), "tokens of grid (8, 8)"),
+        (dict(tokens=np.full((8, 8), 17), mask=np.ones((8, 8), bool)), "must lie in [0, 17)"),
+        (dict(tokens=np.zeros((8, 8)), mask=np.ones((8, 8), bool)), "not whole numbers"),
+        (dict(tokens=np.zeros((8, 8), int), mask=np.ones((8, 8))), "float64 mask"),
+        (dict(tokens=np.zeros((0, 8, 8), int), mask=np.ones((8, 8), bool)), "whole numbers"),
+        (dict(tokens=np.zeros((3, 8, 8), int), mask=np.ones((2, 8, 8), bool)), "do not fit 3 samples"),
+    ],
+)
+def test_known_files_that_do_not_fit_are_refused(arrays, said):
+    np.savez("bad.npz", **arrays)
+    with pytest.raises(SystemExit) as error:
+        sample.load_known("bad.npz", dict(grid=[8, 8], vocab=17, n_classes=10), [])
+    assert "bad.npz" in str(error.value) and said in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "args, said",
     [
@@ -78,6 +118,7 @@ def test_the_reference_setting_trains():
         (["sample.py", "out/digits", "--top-p", "0"], "top_p is 0.0"),
         (["sample.py", "out/digits", "--n-steps", "0"], "n_steps is 0"),
         (["sample.py", "out/digits", "--decoder", "none.jit"], "none.jit cannot decode"),
+        (["sample.py", "out/digits", "--known", "none.npz"], "none.npz cannot be read"),
         (["evaluate.py", "out/nothing"], "no run in out/nothing"),
     ],
 )

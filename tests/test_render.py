@@ -45,6 +45,15 @@ def test_frames_show_state_map_and_sites(tmp_path):
     assert gif.n_frames == 6 and gif.size == (frames[0].shape[1], frames[0].shape[0])
 
 
+def test_known_tokens_are_framed_in_every_frame():
+    known = np.zeros((1, 3, 5), bool)
+    known[0, 0, :2] = True
+    one = [np.zeros((1, 3, 5), int), np.zeros((1, 3, 5)), np.zeros((1, 3, 5), bool), np.array([2])]
+    blue = [(f[60:] == render.KNOWN).all(-1).sum() for f in render.planner_frames([one] * 3, [0], META, known=known)]
+    assert min(blue) > 50
+    assert not any((f == render.KNOWN).all(-1).any() for f in render.planner_frames([one], [0], META))
+
+
 def test_a_long_run_is_thinned():
     """At most MAX_FRAMES, the last always among them."""
     one = [np.zeros((1, 3, 5), int), np.zeros((1, 3, 5)), np.zeros((1, 3, 5), bool), np.array([2])]

@@ -247,6 +247,22 @@ def test_guidance_moves_along_the_difference_of_labelled_and_unlabelled(rng):
     assert calls == 2 and logits[:, 0].tolist() == [10 + 3 * (4 - 10), 10 + 3 * (5 - 10)]
 
 
+@pytest.mark.parametrize("is_ramped", [False, True])
+def test_guidance_ramps_with_the_share_of_noise_gone(is_ramped, rng):
+    """Each row is guided by 1 + (guidance - 1) (1 - t) at its own t; unlabelled logits are 0 here, labelled ones 1."""
+    x, t, label = torch.zeros(3, 4, dtype=torch.long), torch.tensor([[1.0], [0.5], [0.0]]), torch.zeros(3).long()
+
+    def net(x, t, label, sites=None):
+        out = (label != 9)[:, None].float().expand(x.shape)
+        return out if sites is None else out.gather(1, sites)[..., None].expand(-1, -1, 5)
+
+    want = [1.0, 2.0, 3.0] if is_ramped else [3.0, 3.0, 3.0]
+    for sites in (None, torch.zeros(3, 2).long()):
+        logits, calls = samplers.guided(net, x, t, label, sites, samplers.ramp(3.0, t, is_ramped), 9)
+        assert calls == 2 and logits.flatten(1)[:, 0].tolist() == want
+    assert samplers.guided(net, x, t, label, None, samplers.ramp(1.0, t, is_ramped), 9)[1] == 1
+
+
 @pytest.mark.parametrize(
     "bad, name",
     [

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,9 +41,7 @@ def assert_same(a, b):
         assert runtime.digest(a[part]) == runtime.digest(b[part])
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--nets", "single", "--denoiser-process", "uniform"], ["--denoiser-process", "uniform"]]
-)
+@pytest.mark.parametrize("flags", [[], ["--nets", "single", "--denoiser-process", "uniform"]])
 def test_interrupted_by_a_signal_is_not_interrupted_at_all(flags):
     """SIGTERM saves; the same command goes on; all that was trained equals the undisturbed run's, bit for bit."""
     n = 150
@@ -151,40 +150,181 @@ def test_validation_is_the_loss_of_the_averaged_networks():
     assert Path("out/validate/samples.png").exists()
 
 
-def torchrun(*args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train_ddpd.py", *args]
+def test_sequences_known_by_heart_reach_their_floor(capsys):
+    """Under fresh noise the planner ends within 5 % of the floor that was printed."""
+    size = ["--n-embd", 64, "--base-width", 64, "--n-layer", 2, "--image-size", 4, "--levels", 4, "--batch-size", 64]
+    rates = ["--planner-lr", 5e-3, "--denoiser-lr", 5e-3, "--log-interval", 50, "--label-dropout", 0]
+    name = "heart"
+    train_ddpd.main(tiny(name, "--overfit", 4, "--overfit-noise", "fresh", "--max-iters", 400, *size, *rates))
+    log = log_of(name)
+    assert f"planner {log[0]['floors']['planner_by_heart']:.4f}" in capsys.readouterr().out
+    last = {
+        k: np.mean([row[f"{k}_loss"] for row in log if row["it"] > 250 and "lr_factor" in row])
+        for k in ("planner", "denoiser")
+    }
+    assert last["planner"] == pytest.approx(log[0]["floors"]["planner_by_heart"], rel=0.05)
+    assert last["denoiser"] == pytest.approx(log[0]["floors"]["denoiser_by_heart"], rel=0.05, abs=0.01)
+
+
+def test_a_run_starts_from_anothers_averages():
+    """--init-from takes the averaged weights, from iteration 0; a run that has its own goes on with those."""
+    train_ddpd.main(tiny("first", "--max-iters", 3))
+    train_ddpd.main(tiny("second", "--max-iters", 1, "--init-from", "out/first", "--planner-lr", 0, "--denoiser-lr", 0))
+    state, other = weights("second"), weights("first")
+    assert state["it"] == 1
+    assert runtime.digest(state["nets"]) == runtime.digest(other["ema"]) == runtime.digest(state["ema"])
+    train_ddpd.main(tiny("second", "--max-iters", 2, "--init-from", "out/none"))
+    assert "n_layer 1, not 2" in refusal(tiny("third", "--n-layer", 2, "--init-from", "out/first"))
+    assert "maskd run, not unid" in refusal(tiny("third", "--denoiser-process", "uniform", "--init-from", "out/first"))
+    assert "no run in out/none" in refusal(tiny("third", "--init-from", "out/none"))
+
+
+def test_a_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
+    """Parameters as built, memory by purpose, time from a rate measured here; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "imagenet", "--vocab", 1000, "--n-classes", 7, "--grid", 16, 16, "--dry-run"]
+    cfg = tiny("dry", *flags)
+    train_ddpd.main(cfg)
+    said = capsys.readouterr().out
+    nets = model.build(model.shape_of(vars(cfg), train_ddpd.stated_meta(cfg)), "maskd")
+    n_params = sum(p.numel() for net in nets.values() for p in net.parameters())
+    assert f"{n_params / 1e6:.2f} M parameters" in said and "16 x 16 tokens, V = 1000, 7 classes" in said
+    for word in ("weights", "gradients", "optimizer", "EMA", "activations", "logits", "TFLOP/s", "time per iteration"):
+        assert word in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_dry_runs_activations_are_those_of_a_step():
+    """Bytes that autograd keeps in a whole forward pass, but for weights and the head, against the estimate."""
+    cfg = tiny("bytes", "--n-embd", 64, "--n-layer", 3, "--vocab", 50, "--grid", 12, 12)
+    shape = model.shape_of(vars(cfg), train_ddpd.stated_meta(cfg))
+    _, size, _, _ = model.costs(
+        shape, "maskd", 4, torch.device("cpu"), runtime.autocast(torch.device("cpu"), "float32")
+    )
+    kept, nets = {}, model.build(shape, "maskd")
+
+    def pack(y):
+        kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+        return y
+
+    own = {p.untyped_storage().data_ptr() for net in nets.values() for p in net.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+        outs = [
+            net.hidden(torch.zeros(4, 144).long(), torch.ones(4, 1), torch.zeros(4).long()) for net in nets.values()
+        ]
+    assert len(outs) == 2
+    assert size["activations"] == pytest.approx(sum(n for where, n in kept.items() if where not in own), rel=0.1)
+
+
+def test_wandb_goes_on_under_its_id(monkeypatch):
+    """Losses, floors, bins, pictures and the planner's video, without a network; a resumed run keeps its id."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    flags = ["--wandb-project", "p", "--wandb-mode", "offline", "--max-iters"]
+    train_ddpd.main(tiny("wandb", *flags, 1))
+    kept = Path("out/wandb/wandb_id.txt").read_text().strip()
+    train_ddpd.main(tiny("wandb", *flags, 2))
+    folders = [f.name for f in Path("out/wandb/wandb").glob("offline-run-*")]
+    assert len(folders) == 2 and all(f.endswith(kept) for f in folders)
+    media = [f.suffix for f in Path("out/wandb/wandb").rglob("media/*/*")]
+    assert media.count(".png") == media.count(".mp4") == 2
+
+
+# Several processes
+
+
+def torchrun(*args, n=2, rdzv=()):
+    """One thread per process: the order of sums is the same everywhere."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", *rdzv]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return subprocess.Popen(
+        [*command, ROOT / "train_ddpd.py", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+    )
+
+
+def ended(process):
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def wait_for(out, n_lines, process):
+    log = Path(f"out/{out}/log.jsonl")
+    while not (log.exists() and log.read_text().count("\n") > n_lines):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def losses_of(out):
+    return [[row["planner_loss"], row["denoiser_loss"]] for row in log_of(out) if "tokens_per_s" in row]
 
 
 def test_two_processes_equal_one_with_two_micro_steps():
-    """Two gloo ranks and one process with two micro-steps draw the same noise and end at the same weights."""
-    args = [*TINY, "--max-iters", "3", "--dtype", "float32"]
-    process = torchrun(*args, "--out-dir", "out/ranks")
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    """Two gloo ranks and one process with two micro-steps: losses and weights to 1e-6 in float32 after 10 steps.
+
+    Then one process goes on where two stopped, as long as micro-batches per iteration stay the same.
+    """
+    args = [*TINY, "--max-iters", 10, "--dtype", "float32", "--planner-lr", 1e-3, "--denoiser-lr", 1e-3]
+    ended(torchrun(*args, "--out-dir", "out/ranks"))
     state = weights("ranks")
-    assert state["it"] == 3 and state["world_size"] == 2
-    alone = script("train_ddpd.py", *args, "--out-dir", "out/alone", "--grad-accumulation-steps", 2)
+    assert state["it"] == 10 and state["world_size"] == 2
+    alone = script(
+        "train_ddpd.py",
+        *args,
+        "--out-dir",
+        "out/alone",
+        "--grad-accumulation-steps",
+        2,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert alone.returncode == 0, alone.stderr
+    assert np.abs(np.array(losses_of("ranks")) - losses_of("alone")).max() <= 1e-6 + 1e-5  # the log has five digits
     for name, net in state["nets"].items():
         for key, value in net.items():
-            assert torch.allclose(value, weights("alone")["nets"][name][key], atol=1e-6)
-    refused = script("train_ddpd.py", *args, "--out-dir", "out/ranks", "--max-iters", 4)
-    assert refused.returncode != 0 and "--grad-accumulation-steps to 2" in refused.stderr
+            assert torch.allclose(value, weights("alone")["nets"][name][key], rtol=0, atol=1e-6), (name, key)
+    assert "--grad-accumulation-steps to 2" in refusal(tiny("ranks", *args[len(TINY) :], "--max-iters", 12))
+    train_ddpd.main(tiny("ranks", *args[len(TINY) :], "--max-iters", 12, "--grad-accumulation-steps", 2))
+    assert weights("ranks")["it"] == 12 and weights("ranks")["world_size"] == 1
 
 
 def test_two_processes_stop_together():
     """SIGTERM to torchrun: all ranks end at one iteration, and the run is saved there."""
-    process = torchrun(*TINY, "--max-iters", "100000", "--out-dir", "out/stopped")
-    log = Path("out/stopped/log.jsonl")
-    while not (log.exists() and log.read_text().count("\n") > 5):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
+    process = torchrun(*TINY, "--max-iters", 100_000, "--out-dir", "out/stopped")
+    wait_for("stopped", 5, process)
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[0]
     assert process.returncode != 0 and said.count("stopped by signal 15") == 1
     assert f"at iteration {weights('stopped')['it']}, saved" in said
+
+
+def test_a_killed_rank_is_started_again():
+    """torchrun --max-restarts: a rank is killed, all start again from the last save, and end bit for bit the same."""
+    args = [*TINY, "--max-iters", 120, "--dtype", "float32", "--save-interval", 10]
+    ended(torchrun(*args, "--out-dir", "out/quiet"))
+    process = torchrun(*args, "--out-dir", "out/killed", rdzv=["--max-restarts=1"])
+    wait_for("killed", 25, process)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    ended(process)
+    starts = [row["it"] for row in log_of("killed") if row.get("start")]
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] >= 20
+    assert_same(weights("killed"), weights("quiet"))
+
+
+def test_two_agents_meet_over_c10d():
+    """The README's line for several machines, here two agents on one."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    rdzv = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=7"]
+    agents = [torchrun(*TINY, "--max-iters", 2, "--out-dir", "out/nodes", n=1, rdzv=rdzv) for _ in range(2)]
+    assert sum("done: 2 iterations" in ended(agent) for agent in agents) == 1
+    assert weights("nodes")["world_size"] == 2
 
 
 # Bad input
@@ -265,6 +405,48 @@ def test_a_full_disk_leaves_the_checkpoint_and_is_said(copy, monkeypatch, capsys
     assert "iteration 6 could not be saved" in message
     assert capsys.readouterr().err.count("No space left on device") == 3 - 1
     assert (copy / "ckpt.pt").read_bytes() == before and not (copy / "ckpt.tmp").exists()
+
+
+def test_interrupted_in_the_middle_of_a_save(copy, monkeypatch):
+    """A second Ctrl-C ends the program at once, also while it writes: the checkpoint before is untouched."""
+    before = (copy / "ckpt.pt").read_bytes()
+
+    def save(state, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", save)
+        train_ddpd.main(tiny(copy.name, "--max-iters", 3))
+    assert (copy / "ckpt.pt").read_bytes() == before
+    train_ddpd.main(tiny(copy.name, "--max-iters", 3))
+    assert weights(copy.name)["it"] == 3
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def test_a_checkpoint_that_runs_code_is_refused(copy):
+    torch.save({"it": 1, "config": Hostile()}, copy / "ckpt.pt")
+    assert "cannot be read as a checkpoint" in refusal(tiny(copy.name, "--max-iters", 9))
+    assert not Path("hacked").exists()
+
+
+def test_data_must_be_what_the_config_states():
+    stated = ["--vocab", 17, "--grid", 8, 8, "--n-classes", 10]
+    train_ddpd.main(tiny("stated", "--max-iters", 1, *stated))
+    assert "vocab is 17 in data digits, but 18" in refusal(tiny("stated", *stated, "--vocab", 18))
+    assert "grid is [8, 8] in data digits, but [8, 9]" in refusal(tiny("stated", *stated, "--grid", 8, 9))
+    assert "n_classes is 10" in refusal(tiny("stated", *stated, "--n-classes", 0))
+    assert "stated together" in refusal_of_config(*TINY, "--vocab", 17)
+
+
+def refusal_of_config(*argv):
+    with pytest.raises(SystemExit) as error:
+        config.load(argv=[str(a) for a in argv])
+    return str(error.value)
 
 
 def test_a_foreign_folder_is_refused():

@@ -1,0 +1,11 @@
+"""DDPD from one network on digits: as many parameters and steps as the pairs, twice as deep.
+python train_ddpd.py configs/digits_single.py"""
+data = "digits"
+image_size = 8
+nets = "single"
+denoiser_process = "uniform"
+n_layer = 8
+n_head = 2
+n_embd = 128
+batch_size = 64
+max_iters = 800

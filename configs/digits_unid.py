@@ -1,0 +1,10 @@
+"""DDPD with a uniform denoiser on digits, as configs/digits.py but for the denoiser's noise.
+python train_ddpd.py configs/digits_unid.py"""
+data = "digits"
+image_size = 8
+denoiser_process = "uniform"
+n_layer = 4
+n_head = 2
+n_embd = 128
+batch_size = 64
+max_iters = 800

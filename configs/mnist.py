@@ -1,0 +1,9 @@
+"""MNIST, 32x32 tokens of 8 grey levels, the reference network.
+python data.py mnist && torchrun --nproc_per_node=NUM_GPUS train_ddpd.py configs/mnist.py
+@"""
+data = "mnist"
+vocab = 8
+grid = (32, 32)
+n_classes = 10
+batch_size = 32
+max_iters = 10_000
