@@ -49,14 +49,64 @@ BLIND = math.log(2)         # planner BCE in nats of a constant 1/2
 LEVEL_ONLY = 0.5            # planner BCE in nats of one that reads only the level: mean entropy of a coin of bias t
 
 
+# What a prediction p = p(x0 | ...) of a token says. p comes from the token itself ("self": p(x0 | x_t)) or from the
+# others (p(x0 | all tokens but this) = p(x0 | x_t, noise here)); at masks they agree.
+
+
+def from_others(probs, x, t, process="uniform", p_uniform=0.1):
+    """The others-prediction behind a self-prediction: the token's own evidence is divided out.
+
+    probs (B, N, V) = p(x0 | x_t), x (B, N), t (B, 1) or (B, N)  ->  (B, N, V) = p(x0 | x_t, noise here)
+    """
+    keep, _, uniform = fates(t, process, p_uniform)
+    redrawn = uniform / probs.shape[-1]
+    own = (redrawn / (keep + redrawn))[..., None]                       # evidence of x0 = other over x0 = x_t
+    at_x = x.clamp_max(probs.shape[-1] - 1)[..., None]
+    own = torch.where((x == probs.shape[-1])[..., None], 1.0, own)      # a mask says nothing
+    others = probs.scatter(-1, at_x, own * probs.gather(-1, at_x))
+    total = others.sum(-1, keepdim=True)
+    return torch.where(total > 0, others / total.clamp_min(1e-30), probs)   # without uniform noise a token is certain
+
+
 def from_self(probs, x, t):
-    """Split a self-prediction on uniform noise into planner and denoiser (design of one network as both).
+    """Split a self-prediction on uniform noise into planner and denoiser: one network as both.
 
     probs (B, N, V) = p(x0 | x_t), x (B, N), t (B, 1)  ->  p_noise (B, N), others (B, N, V) = p(x0 | x_t, noise here)
     """
     keep, _, uniform = fates(t, "uniform")
-    c = (keep / (keep + uniform / probs.shape[-1]))                     # P(kept | x_t, x0 = x_t)
-    at_x = probs.gather(-1, x[..., None])                               # (B, N, 1)
-    p_noise = 1 - c * at_x[..., 0]
-    others = probs.scatter(-1, x[..., None], (1 - c)[..., None] * at_x)
-    return p_noise, others / others.sum(-1, keepdim=True).clamp_min(1e-30)
+    c = keep / (keep + uniform / probs.shape[-1])                       # P(kept | x_t, x0 = x_t)
+    return 1 - c * probs.gather(-1, x[..., None])[..., 0], from_others(probs, x, t)
+
+
+def noise_of(p_at_x, x, t, process, vocab, p_uniform=0.1):
+    """p(noise | x_t) by an others-prediction whose probability of the token at hand is p_at_x (B, N).  -> (B, N)"""
+    keep, _, uniform = fates(t, process, p_uniform)
+    redrawn = (uniform / vocab).expand(x.shape)
+    return torch.where(x == vocab, 1.0, redrawn / (keep * p_at_x + redrawn).clamp_min(1e-30))
+
+
+def marginal(probs, t, process, p_uniform=0.1):
+    """q_t(. | p) = P(keep) p + P(mask) [mask] + P(uniform) / V.  probs (B, N, V) -> (B, N, V + 1)"""
+    keep, mask, uniform = (y[..., None] for y in fates(t, process, p_uniform))
+    return torch.cat([keep * probs + uniform / probs.shape[-1], mask.expand(*probs.shape[:-1], 1)], -1)
+
+
+def stay(p_at_x, x, t, s, process, vocab, p_uniform=0.1):
+    """Posterior of a token at level s < t: q(x_s | x_t, p) = stay [x_s = x_t] + (1 - stay) q_s(x_s | p), p from others.
+
+    p_at_x (B, N): its probability of x (anything at masks); t and s may differ from token to token  ->  stay (B, N)
+    """
+    (keep_t, mask_t, uniform_t), (keep_s, mask_s, uniform_s) = (fates(y, process, p_uniform) for y in (t, s))
+    is_mask = x == vocab
+    alpha = torch.where(keep_s > 0, keep_t / keep_s.clamp_min(1e-30), 1.0)              # P(keep) from s to t
+    noise_t, noise_s = (torch.where(is_mask, m, u / vocab) for m, u in ((mask_t, uniform_t), (mask_s, uniform_s)))
+    same = alpha * (torch.where(is_mask, 0.0, keep_s * p_at_x) + noise_s)               # it was x at s already
+    other = (noise_t - alpha * noise_s).clamp_min(0)                                    # it fell to x since
+    return torch.where(same + other > 0, same / (same + other).clamp_min(1e-30), 1.0)
+
+
+def draw_posterior(draws, p_at_x, x, t, s, process, vocab, generator, p_uniform=0.1):
+    """One draw of q(x_s | x_t, p), where draws (B, N) are of p.  -> x_s (B, N)"""
+    fresh, _ = corrupt(draws, s, process, vocab, generator, p_uniform)
+    keeps = torch.rand(x.shape, generator=generator, device=x.device) < stay(p_at_x, x, t, s, process, vocab, p_uniform)
+    return torch.where(keeps, x, fresh)

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from diffusion.processes import from_self
+from diffusion.processes import draw_posterior, from_others, from_self, noise_of
 
-FITS = {                        # what each kind of run can be sampled with
-    "maskd": ("ddpd",),         # planner + mask denoiser
-    "unid": ("ddpd",),          # planner + uniform denoiser
-    "single": ("ddpd",),        # one uniform denoiser, its own planner
+FITS = {                                                # what each kind of run can be sampled with
+    "maskd": ("ddpd", "ancestral", "confidence", "remdm"),  # planner + mask denoiser; ddpd alone uses the planner
+    "unid": ("ddpd", "ancestral"),                      # planner + uniform denoiser
+    "single": ("ddpd", "ancestral"),                    # one uniform denoiser, its own planner
 }
 T_MIN, T_MAX = 1e-4, 1 - 1e-4   # the noise levels that networks are trained at
 
@@ -26,34 +26,58 @@ class State(NamedTuple):
     nfe: torch.Tensor           # (B,) network calls so far
 
 
+class How(NamedTuple):
+    """How tokens are drawn from a denoiser's logits; sample.py's flags bear these names."""
+    temperature: float = 1.0
+    top_k: int = 0              # the likeliest ids only; 0: all
+    top_p: float = 1.0          # the fewest likeliest ids that hold this mass
+    min_p: float = 0.0          # ids at least this share as likely as the likeliest
+    guidance: float = 1.0       # 1: as trained; more: towards the label
+    guidance_ramp: bool = False     # let guidance grow from 1 with the share of noise gone
+    null_label: int | None = None   # the class that stands for no label
+
+
 def check_fit(kind, sampler):
     if sampler not in FITS[kind]:
         raise ValueError(f"sampler {sampler} does not fit a {kind} run; one of {', '.join(FITS[kind])} does")
 
 
-def guided(net, x, t, label, sites, guidance, null_label):
+def check(how=None, choices=(), **limits):
+    """Refuse, by name, arguments that mean nothing.  choices (name, value, allowed); limits name=(value, least)"""
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}, not one of {', '.join(allowed)}")
+    for name, (value, least) in limits.items():
+        if not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    for name, is_good, rule in [("temperature", how.temperature > 0, "above 0"),
+                                ("top_k", how.top_k >= 0, "not negative"),
+                                ("top_p", 0 < how.top_p <= 1, "in (0, 1]"),
+                                ("min_p", 0 <= how.min_p <= 1, "in [0, 1]")]:
+        if not is_good:
+            raise ValueError(f"{name} is {getattr(how, name)}; it must be {rule}")
+    if how.guidance != 1 and how.null_label is None:
+        raise ValueError("guidance needs null_label, the class that stands for no label")
+
+
+def guided(net, x, t, label, sites, guidance, ramp, null_label):
     """unlabelled + guidance * (labelled - unlabelled), both in one batch (arXiv:2207.12598).  -> logits, calls
 
-    guidance: a number, or one for each row, (B, 1)
+    ramp: guidance grows from 1 with the share of noise gone, 1 - t of each row
     """
     where = () if sites is None else (sites,)
-    if isinstance(guidance, float | int) and guidance == 1:
+    if guidance == 1:
         return net(x, t, label, *where), 1
     twice = [torch.cat([y, y]) for y in (x, t, *where)]
     both = net(*twice[:2], torch.cat([label, torch.full_like(label, null_label)]), *twice[2:])
     with_label, without = both.clamp(-1e4, 1e4).chunk(2)                # two impossible ids have no difference
-    if isinstance(guidance, torch.Tensor):
-        guidance = guidance.view(-1, *[1] * (both.dim() - 1)).to(both)
+    if ramp:
+        guidance = (1 + (guidance - 1) * (1 - t)).view(-1, *[1] * (both.dim() - 1)).to(both)
     return without + guidance * (with_label - without), 2
 
 
-def ramp(guidance, t, is_ramped):
-    """Guidance that grows from 1 with the share of noise gone, where it is ramped.  t (B, 1) -> (B, 1), or a number"""
-    return 1 + (guidance - 1) * (1 - t) if is_ramped and guidance != 1 else guidance
-
-
-def sharpen(logits, temperature, top_k, top_p):
-    """Probabilities after temperature, top-k and nucleus (top-p) truncation.  (..., V) -> (..., V)"""
+def sharpen(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities after temperature and truncation.  (..., V) -> (..., V)"""
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
@@ -62,13 +86,38 @@ def sharpen(logits, temperature, top_k, top_p):
         sorted_p, order = probs.sort(-1, descending=True)
         drop = sorted_p.cumsum(-1) - sorted_p >= top_p                  # the first one to reach top_p is kept
         probs = probs.masked_fill(drop.scatter(-1, order, drop), 0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    return probs / probs.sum(-1, keepdim=True) if top_p < 1 or min_p else probs
 
 
 def draw(probs, generator):
-    """One id from each distribution.  (..., V) -> (...)"""
-    return probs.flatten(0, -2).multinomial(1, generator=generator).view(probs.shape[:-1])
+    """One id from each distribution, by one number against its float64 sum: tails are kept.  (..., V) -> (...)"""
+    cdf = probs.double().cumsum(-1)
+    u = torch.rand(*probs.shape[:-1], 1, dtype=torch.float64, generator=generator, device=probs.device)
+    return torch.searchsorted(cdf, u * cdf[..., -1:], right=True).clamp_max(probs.shape[-1] - 1)[..., 0]
+
+
+def fill(denoiser, x, t, label, where, how, generator, logits=None):
+    """Draw a token at every place where asked, all at once, in one call (but none for no rows).
+
+    x, where (B, N), t (B, 1), logits (B, N, V) if they are known already
+    ->  new (B, N), x elsewhere;  p (B, N) probability of what was drawn, 0 elsewhere;  calls
+    """
+    n_sites, calls = where.sum(1, keepdim=True), 0
+    if len(x) == 0:
+        return x, torch.zeros(x.shape, device=x.device), calls
+    sites = where.int().topk(max(1, int(n_sites.max()))).indices                                        # (B, K)
+    chosen = torch.arange(sites.shape[1], device=x.device) < n_sites                            # (B, K) bool
+    if logits is None:
+        logits, calls = guided(denoiser, x, t, label, sites, *how[-3:])
+    else:
+        logits = logits.gather(1, sites[..., None].expand(-1, -1, logits.shape[-1]))
+    probs = sharpen(logits[chosen].float(), *how[:4])                                           # (n, V)
+    drawn = draw(probs, generator)                                                              # (n,)
+    ids, p = x.gather(1, sites), torch.zeros(sites.shape, device=x.device)
+    ids[chosen], p[chosen] = drawn, probs.gather(1, drawn[:, None])[:, 0]
+    return x.scatter(1, sites, ids), torch.zeros(x.shape, device=x.device).scatter(1, sites, p), calls
 
 
 def first_by(weight, generator):
@@ -78,6 +127,12 @@ def first_by(weight, generator):
     """
     race = torch.empty(weight.shape, dtype=torch.float64, device=weight.device).exponential_(generator=generator)
     return weight.double() / race
+
+
+def top(keys, n):
+    """The n (B,) largest of each row, as a mask.  (B, N) -> (B, N) bool"""
+    rank = keys.argsort(1, descending=True).argsort(1)
+    return rank < n[:, None]
 
 
 @torch.no_grad()
@@ -97,9 +152,17 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
     guidance, planner_guidance   1: as trained, more: towards the label; guidance_ramp: growing from 1 as noise goes
     refine     further steps of k sites after n_steps, for all sequences; each sharpens the law
     """
-    check_ddpd(planner, n_steps=n_steps, schedule=schedule, k=k, pick=pick, denoiser_process=denoiser_process,
-               vocab=vocab, stop=stop, refine=refine, temperature=temperature, top_k=top_k, top_p=top_p,
-               is_guided=guidance != 1 or planner_guidance != 1, null_label=null_label)
+    how = How(temperature, top_k, top_p, 0.0, guidance, guidance_ramp, null_label)
+    check(how, [("schedule", schedule, ("one", "fixed", "spread", "leap")),
+                ("pick", pick, ("proportional", "softmax")),
+                ("denoiser_process", denoiser_process, ("uniform", "mask"))],
+          n_steps=(n_steps, 1), k=(k, 1), stop=(stop, 0), refine=(refine, 0))
+    if planner_guidance != 1 and null_label is None:
+        raise ValueError("planner_guidance needs null_label, the class that stands for no label")
+    if denoiser_process == "mask" and planner is None:
+        raise ValueError("a mask denoiser cannot be its own planner: it says nothing of tokens that are not masked")
+    if denoiser_process == "mask" and vocab is None:
+        raise ValueError("denoiser_process mask needs vocab: the mask id is the vocabulary's size")
     x = x.clone()
     free = torch.ones_like(x, dtype=torch.bool) if known is None else ~known
     done, nfe = torch.zeros(len(x), dtype=torch.bool, device=x.device), torch.zeros_like(label)
@@ -116,12 +179,11 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
 
         # 1. plan: where is noise, and how much
         if planner is None:
-            logits, calls = guided(denoiser, x[rows], t[rows], label[rows], None,
-                                   ramp(guidance, t[rows], guidance_ramp), null_label)
+            logits, calls = guided(denoiser, x[rows], t[rows], label[rows], None, *how[-3:])
             p, others = from_self(logits.float().softmax(-1), x[rows], t[rows])
         else:
             logits, calls = guided(planner, x[rows], t[rows], label[rows], None,
-                                   ramp(planner_guidance, t[rows], guidance_ramp), null_label)
+                                   planner_guidance, guidance_ramp, null_label)
             p = logits.float().sigmoid()
         nfe[rows] += calls
         p = p * free[rows]                                              # (b, N)
@@ -132,34 +194,24 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
         if is_main:
             done[rows] = left[:, 0] < stop
 
-        # 2. choose: keys in the order of choice, n_sites of them per sequence
+        # 2. choose: a mask of sites
         busy = (~done[rows] | (not is_main)).nonzero()[:, 0]            # of rows
         rows, p, left, n_free = rows[busy], p[busy], left[busy], n_free[busy]
         is_noise = torch.rand(p.shape, generator=generator, device=p.device) < p
         if is_leap:
-            leaps = is_noise & (torch.rand(p.shape, generator=generator, device=p.device) < 1 / (n_steps - step))
-            keys, n_sites = leaps.double(), leaps.sum(1)
+            where = is_noise & (torch.rand(p.shape, generator=generator, device=p.device) < 1 / (n_steps - step))
         else:
             keys = first_by(p if pick == "proportional" else p / (1 - p).clamp_min(1e-12), generator)
             n_sites = how_many(schedule if is_main else "fixed", left[:, 0], k, n_steps - step)
-            n_sites = n_sites.minimum((keys > 0).sum(1))
+            where = top(keys, n_sites) & (keys > 0)                                             # (b, N) bool
 
         # 3. write
-        if len(rows):
-            sites = keys.topk(max(1, int(n_sites.max()))).indices                               # (b, K)
-            chosen = torch.arange(sites.shape[1], device=x.device) < n_sites[:, None]           # (b, K) bool
-            where = torch.zeros_like(free[rows]).scatter(1, sites, chosen)                      # (b, N) bool
-            if planner is None:
-                logits = others[busy].gather(1, sites[..., None].expand(-1, -1, others.shape[-1])).log()
-            else:
-                seen = x[rows].masked_fill(is_noise | where, vocab) if denoiser_process == "mask" else x[rows]
-                logits, calls = guided(denoiser, seen, t[rows], label[rows], sites,
-                                       ramp(guidance, t[rows], guidance_ramp), null_label)
-                nfe[rows] += calls
-            new = draw(sharpen(logits.float(), temperature, top_k, top_p), generator)           # (b, K)
-            x[rows] = x[rows].scatter(1, sites, torch.where(chosen, new, x[rows].gather(1, sites)))
-            written[rows] = where
-            clock[rows] = ((p * ~where).sum(1, keepdim=True) / n_free).clamp(T_MIN, T_MAX)      # what is left
+        seen = x[rows].masked_fill(is_noise | where, vocab) if denoiser_process == "mask" else x[rows]
+        new, _, calls = fill(denoiser, seen, t[rows], label[rows], where, how, generator,
+                             None if planner is not None else others[busy].log())
+        nfe[rows] += calls
+        x[rows], written[rows] = torch.where(where, new, x[rows]), where
+        clock[rows] = ((p * ~where).sum(1, keepdim=True) / n_free).clamp(T_MIN, T_MAX)          # what is left
         yield State(x.clone(), p_noise.clone(), written, t[:, 0], nfe.clone())
         step = n_steps if is_main and done.all() else step + 1
 
@@ -178,40 +230,145 @@ def how_many(schedule, left, k, steps_left):
     return torch.full_like(left, 1 if schedule == "one" else k, dtype=torch.long)
 
 
-def check_ddpd(planner, *, n_steps, schedule, k, pick, denoiser_process, vocab, stop, refine, temperature, top_k, top_p,
-               is_guided, null_label):
-    """Refuse, by name, arguments that mean nothing."""
-    for name, value, choices in [("schedule", schedule, ("one", "fixed", "spread", "leap")),
-                                 ("pick", pick, ("proportional", "softmax")),
-                                 ("denoiser_process", denoiser_process, ("uniform", "mask"))]:
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}, not one of {', '.join(choices)}")
-    for name, value, is_good, rule in [("n_steps", n_steps, n_steps >= 1, "at least 1"), ("k", k, k >= 1, "at least 1"),
-                                       ("stop", stop, stop >= 0, "not negative"),
-                                       ("top_k", top_k, top_k >= 0, "not negative"),
-                                       ("refine", refine, refine >= 0, "not negative"),
-                                       ("temperature", temperature, temperature > 0, "above 0"),
-                                       ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]")]:
-        if not is_good:
-            raise ValueError(f"{name} is {value}; it must be {rule}")
-    if denoiser_process == "mask" and planner is None:
-        raise ValueError("a mask denoiser cannot be its own planner: it says nothing of tokens that are not masked")
-    if denoiser_process == "mask" and vocab is None:
-        raise ValueError("denoiser_process mask needs vocab: the mask id is the vocabulary's size")
-    if is_guided and null_label is None:
-        raise ValueError("guidance needs null_label, the class that stands for no label")
+@torch.no_grad()
+def ancestral(denoiser, x, label, *, n_steps, generator, process, kind="others", vocab=None, p_uniform=0.1, known=None,
+              temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0, guidance_ramp=False, null_label=None):
+    """The reverse process a step at a time: x_s from q(x_s | x_t, p) of every token on its own.  -> yields State
+
+    x (B, N) pure noise: masks (id vocab), or uniform noise for process "uniform". Exact as steps go to infinity.
+    process    "mask", "uniform" or "hybrid" of p_uniform (arXiv:2503.04482), whose levels are spaced as squares
+    kind       what the denoiser predicts a token from: the "others", or the token it"self" too (processes.from_others)
+    With masks the head runs at tokens that are uncovered, and a sequence without masks leaves the computation.
+    """
+    how = How(temperature, top_k, top_p, min_p, guidance, guidance_ramp, null_label)
+    check(how, [("process", process, ("uniform", "mask", "hybrid")), ("kind", kind, ("others", "self"))],
+          n_steps=(n_steps, 1))
+    x, free, nfe = x.clone(), free_of(x, known), torch.zeros_like(label)
+    vocab = int(x.max()) if vocab is None and process != "uniform" else vocab
+    for step in range(n_steps):
+        t, s = (torch.full((len(x), 1), 1 - i / n_steps, device=x.device) for i in (step, step + 1))
+        t, s = (t**2, s**2) if process == "hybrid" else (t, s)
+        told, before = t.clamp(T_MIN, T_MAX), x
+        if process == "mask":
+            u = torch.rand(x.shape, generator=generator, device=x.device)
+            where = free & (x == vocab) & (u < (t - s) / t)
+            p_noise = (free & (x == vocab)).float()
+            rows = (p_noise.any(1) & where.any()).nonzero()[:, 0]       # the others are done
+            new, _, n_calls = fill(denoiser, x[rows], told[rows], label[rows], where[rows], how, generator)
+            x, calls = x.index_copy(0, rows, new), torch.zeros_like(nfe).index_fill(0, rows, n_calls)
+        else:
+            logits, calls = guided(denoiser, x, told, label, None, *how[-3:])
+            vocab = vocab or logits.shape[-1]
+            probs = sharpen(logits.float(), *how[:4])
+            if kind == "self":
+                probs = from_others(probs, x, t, process, p_uniform)
+            at_x = probs.gather(-1, x.clamp_max(vocab - 1)[..., None])[..., 0]                  # (B, N)
+            p_noise = noise_of(at_x, x, t, process, vocab, p_uniform) * free
+            new = draw_posterior(draw(probs, generator), at_x, x, t, s, process, vocab, generator, p_uniform)
+            x = torch.where(free, new, x)
+        nfe = nfe + calls
+        yield State(x.clone(), p_noise, x != before, t[:, 0], nfe)
+
+
+def free_of(x, known):
+    return torch.ones_like(x, dtype=torch.bool) if known is None else ~known
+
+
+def mask_of(x, free, vocab):
+    """The mask id of a sampler that starts from masks."""
+    vocab = int(x.max()) if vocab is None else vocab
+    if not (x == vocab)[free].all():
+        raise ValueError(f"samplers of a mask denoiser start from masks, id {vocab}, at all tokens that are not known")
+    return vocab
+
+
+@torch.no_grad()
+def confidence(denoiser, x, label, *, n_steps, generator, order="confidence", schedule="arccos", noise=4.5,
+               vocab=None, known=None, temperature=1.0, temperature_end=0.0, top_k=0, top_p=1.0, min_p=0.0,
+               guidance=1.0, guidance_ramp=False, null_label=None):
+    """MaskGIT (arXiv:2202.04200): fill all masks at once, keep the surest, mask the others again.  -> yields State
+
+    x (B, N) masks (id vocab). After a share r of the steps a share arccos(r) / (pi/2) of the tokens is masked, or
+    cos(r pi/2) with schedule "cosine", or 1 - r with "linear"; every step keeps at least one token.
+    order      "confidence": log-probability of the draw plus noise (1 - r) Gumbel, or "random"
+    temperature_end   where the temperature, falling evenly, ends; 0: it stays
+    """
+    how = How(temperature, top_k, top_p, min_p, guidance, guidance_ramp, null_label)
+    check(how, [("order", order, ("confidence", "random")), ("schedule", schedule, ("arccos", "cosine", "linear"))],
+          n_steps=(n_steps, 1), noise=(noise, 0), temperature_end=(temperature_end, 0))
+    x, free, nfe = x.clone(), free_of(x, known), torch.zeros_like(label)
+    vocab = mask_of(x, free, vocab)
+    n_free = free.sum(1)
+    for step in range(n_steps):
+        masked, r = x == vocab, (step + 1) / n_steps
+        left = {"arccos": math.acos(r) / (math.pi / 2), "cosine": math.cos(r * math.pi / 2), "linear": 1 - r}[schedule]
+        n_left = (n_free * left + 1e-6).long().minimum(masked.sum(1) - 1).clamp_min(0)          # (B,)
+        n_left = n_left if step + 1 < n_steps else torch.zeros_like(n_left)
+        t = (masked.sum(1, keepdim=True) / n_free.clamp_min(1)[:, None]).clamp(T_MIN, T_MAX)
+        if temperature_end:
+            how = how._replace(temperature=temperature + (temperature_end - temperature) * step / max(1, n_steps - 1))
+        race = torch.empty(x.shape, dtype=torch.float64, device=x.device).exponential_(generator=generator)
+        if order == "random":                                           # only those to keep are drawn
+            where = top(torch.where(masked, -race.log(), -torch.inf), masked.sum(1) - n_left) & masked
+            new, _, calls = fill(denoiser, x, t, label, where, how, generator)
+        else:
+            new, p, calls = fill(denoiser, x, t, label, masked, how, generator)
+            keys = p.double().log() - noise * (1 - r) * race.log()      # -log of an exponential draw is Gumbel noise
+            where = top(torch.where(masked, keys, -torch.inf), masked.sum(1) - n_left) & masked
+        x, nfe = torch.where(where, new, x), nfe + calls
+        yield State(x.clone(), masked.float(), where, t[:, 0], nfe)
+
+
+@torch.no_grad()
+def remdm(denoiser, x, label, *, n_steps, generator, remask="confidence", eta=0.2, vocab=None, known=None,
+          temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0, guidance_ramp=False, null_label=None):
+    """ReMDM (arXiv:2503.00307): masked diffusion that masks written tokens again, so that it can mend them.
+
+    x (B, N) masks (id vocab)  ->  yields State. From level t to s a written token is masked with probability sigma, at
+    most min(1, s / (1 - t)): eta of that ("rescale"), no more than eta ("cap"), or ("confidence") eta of it, shared out
+    by a softmax over minus the probability at which each token was written. The first two keep the law of the data.
+    """
+    how = How(temperature, top_k, top_p, min_p, guidance, guidance_ramp, null_label)
+    check(how, [("remask", remask, ("confidence", "rescale", "cap"))], n_steps=(n_steps, 1), eta=(eta, 0))
+    x, free, nfe = x.clone(), free_of(x, known), torch.zeros_like(label)
+    vocab = mask_of(x, free, vocab)
+    sure = torch.zeros(x.shape, device=x.device)                        # probability at which each token was written
+    for step in range(n_steps):
+        t, s = 1 - step / n_steps, 1 - (step + 1) / n_steps
+        masked, u = x == vocab, torch.rand(x.shape, generator=generator, device=x.device)
+        most = min(1.0, s / (1 - t)) if t < 1 else 1.0
+        sigma = torch.full(x.shape, min(eta, most) if remask == "cap" else min(1.0, eta) * most, device=x.device)
+        if remask == "confidence":
+            share = torch.where(free & ~masked, -sure, -torch.inf).softmax(1).nan_to_num(0)     # 0 at masks
+            sigma = sigma * share
+        uncovers = masked & (u < (t - s + sigma * (1 - t)) / t)         # P(keep) grows from 1 - t to 1 - s all the same
+        again = free & ~masked & (u < sigma)
+        level = torch.full((len(x), 1), t, device=x.device).clamp(T_MIN, T_MAX)
+        new, p, calls = fill(denoiser, x, level, label, uncovers, how, generator) if uncovers.any() else (x, sure, 0)
+        x, sure = torch.where(again, vocab, new), torch.where(uncovers, p, sure)
+        nfe = nfe + calls
+        yield State(x.clone(), masked.float(), uncovers | again, level[:, 0], nfe)
 
 
 def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, **options):
     """Sample a run's nets from pure noise, but for tokens given (B, N) where known (B, N).
 
-    kind: key of FITS; label (B,); meta: the data's  ->  yields State
+    sampler: a name in FITS[kind], kind: key of FITS; label (B,); meta: the data's  ->  yields State
     """
     check_fit(kind, sampler)
     vocab, shape = meta["vocab"], (len(label), math.prod(meta["grid"]))
-    x = torch.randint(vocab, shape, generator=generator, device=label.device)
+    options |= dict(generator=generator, vocab=vocab, known=known, null_label=meta["n_classes"])
+    if sampler == "ddpd" or kind in ("unid", "single"):
+        x = torch.randint(vocab, shape, generator=generator, device=label.device)
+    else:
+        x = torch.full(shape, vocab, device=label.device)
     if known is not None:
         x = torch.where(known, given, x)
-    process = "mask" if kind == "maskd" else "uniform"
-    yield from ddpd(nets.get("planner"), nets["denoiser"], x, label, generator=generator, vocab=vocab, known=known,
-                    denoiser_process=process, null_label=meta["n_classes"], **options)
+    denoiser, process = nets["denoiser"], "mask" if kind == "maskd" else "uniform"
+    if sampler == "ddpd":
+        yield from ddpd(nets.get("planner"), denoiser, x, label, denoiser_process=process, **options)
+    elif sampler == "ancestral":
+        learnt = "self" if kind == "single" else "others"
+        yield from ancestral(denoiser, x, label, process=process, kind=learnt, **options)
+    else:
+        yield from {"confidence": confidence, "remdm": remdm}[sampler](denoiser, x, label, **options)

@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from world import Table, dense, sparse
 
-from diffusion import samplers
+from diffusion import processes, samplers
 from diffusion.processes import corrupt, from_self
-from diffusion.samplers import ddpd
+from diffusion.samplers import ancestral, confidence, ddpd, remdm
 from diffusion.samplers import last as finish
 
 N_LAW = 100_000  # sampling alone puts the 27-state law this far: about .007
@@ -205,14 +207,195 @@ def test_one_site_at_a_time_has_the_law_of_the_data(process, rng):
 
 def test_leap_has_the_law_of_the_data(rng):
     """On a fixed clock planner times denoiser is the exact reverse process; a constant planner is not."""
-    world, label = dense(), torch.zeros(N_LAW, dtype=torch.long)
-    x = torch.randint(3, (N_LAW, 3), generator=rng)
+    world = dense()
     constant = lambda x, t, label, sites=None: torch.zeros(x.shape)  # noqa: E731
-    for planner, low, high in [(Table(world, world.planner), 0, 0.02), (constant, 0.05, 1)]:
-        state = finish(
-            ddpd(planner, Table(world, world.denoiser), x, label, n_steps=512, generator=rng, schedule="leap")
-        )
+    for planner, n, low, high in [(Table(world, world.planner), N_LAW, 0, 0.02), (constant, 10_000, 0.05, 1)]:
+        x, label = torch.randint(3, (n, 3), generator=rng), torch.zeros(n, dtype=torch.long)
+        options = dict(n_steps=512, generator=rng, schedule="leap")
+        state = finish(ddpd(planner, Table(world, world.denoiser), x, label, **options))
         assert low <= world.distance(state.x) < high
+
+
+PROCESSES = [("mask", 0.0), ("uniform", 0.0), ("hybrid", 0.1), ("hybrid", 0.2), ("hybrid", 0.0)]
+
+
+def start(process, n, vocab, rng):
+    return torch.randint(vocab, (n, 3), generator=rng) if process == "uniform" else torch.full((n, 3), vocab)
+
+
+@pytest.mark.parametrize("process, p_uniform", PROCESSES)
+@pytest.mark.parametrize("kind", ["others", "self"])
+def test_ancestral_has_the_law_of_the_data(process, p_uniform, kind, rng):
+    """32 or 64 steps with the exact networks; the wrong kind of prediction counts a token's own evidence twice."""
+    world, n = dense().under(process, p_uniform), N_LAW
+    nets = {"others": Table(world, world.denoiser), "self": Table(world, world.self_denoiser)}
+
+    def distance(net, n_steps, n=n):
+        x = start(process, n, 3, rng)
+        options = dict(n_steps=n_steps, generator=rng, process=process, p_uniform=p_uniform, vocab=3)
+        return world.distance(finish(ancestral(net, x, torch.zeros(n).long(), kind=kind, **options)).x)
+
+    assert distance(nets[kind], 64 if process == "uniform" else 32) < 0.02
+    if process == "uniform" or p_uniform:
+        assert distance(nets["self" if kind == "others" else "others"], 64, 20_000) > 0.05
+
+
+@pytest.mark.parametrize("process, p_uniform", PROCESSES)
+def test_posteriors_compose(process, p_uniform, rng):
+    """q_t(. | p) is what noise makes of p; from t to r and on to s is from t to s, by enumeration (Chapman-Kolmogorov).
+
+    With x0 known the posterior of a token is a law of its own, so two steps in a row must be one.
+    """
+    vocab, t, r, s = 3, 0.8, 0.5, 0.1
+    x0 = torch.nn.functional.one_hot(torch.tensor([[1]]), vocab).double()
+    level = lambda y: torch.tensor([[y]], dtype=torch.float64)  # noqa: E731
+
+    def step(t, s):
+        rows = []
+        for z in range(vocab + 1):
+            x = torch.tensor([[z]])
+            keeps = processes.stay((x == 1).double(), x, level(t), level(s), process, vocab, p_uniform)
+            law = (1 - keeps[..., None]) * processes.marginal(x0, level(s), process, p_uniform)
+            law[0, 0, z] += keeps[0, 0]
+            rows.append(law[0, 0])
+        return torch.stack(rows)  # (V + 1, V + 1)
+
+    assert torch.allclose(step(t, r) @ step(r, s), step(t, s), atol=1e-12)
+    there = processes.marginal(x0, level(t), process, p_uniform)[0, 0]
+    assert torch.allclose(there @ step(t, s), processes.marginal(x0, level(s), process, p_uniform)[0, 0], atol=1e-12)
+    assert torch.allclose(step(t, t), torch.eye(vocab + 1, dtype=torch.float64))
+    assert torch.allclose(step(1.0, 0.0)[3 if process != "uniform" else 0], torch.eye(4, dtype=torch.float64)[1])
+    draws = torch.ones(200_000, 1).long()
+    x = torch.full_like(draws, 0)
+    args = (torch.zeros_like(x).double(), x, level(t), level(s), process, vocab)
+    if process == "uniform" or p_uniform:
+        seen = torch.bincount(processes.draw_posterior(draws, *args, rng, p_uniform)[:, 0], minlength=4) / len(x)
+        assert torch.allclose(seen.double(), step(t, s)[0], atol=0.005)
+
+
+def test_maskgit_keeps_the_surest_on_its_schedule(rng):
+    """Without noise the likeliest draws stay; after a share r of the steps arccos(r) / (pi/2) of all is masked."""
+    sure = torch.rand(5, 16, generator=rng)
+
+    def denoiser(x, t, label, sites):
+        p = sure.gather(1, sites)[..., None]  # value 0 with this probability
+        return torch.cat([p.log(), (1 - p).log()], -1)
+
+    label, x = torch.zeros(5).long(), torch.full((5, 16), 2)
+    for schedule, left in [("arccos", [9, 5, 0]), ("cosine", [13, 8, 0]), ("linear", [10, 5, 0])]:
+        states = list(confidence(denoiser, x, label, n_steps=3, generator=rng, noise=0.0, schedule=schedule))
+        if schedule == "arccos":
+            left = [int(16 * math.acos(r / 3) / (math.pi / 2)) for r in (1, 2, 3)]
+        assert [(s.x == 2).sum(1).tolist() for s in states] == [[n] * 5 for n in left]
+        assert states[-1].nfe.tolist() == [3] * 5
+    n_top = int(states[0].written.sum(1)[0])
+    p_drawn = torch.where(states[0].x == 0, sure, 1 - sure)
+    kept = torch.where(states[0].written, p_drawn, torch.inf).amin(1)
+    assert n_top == 6 and (kept > 0.5).all()  # a draw of a small probability is not kept while surer ones wait
+    many = list(confidence(denoiser, x, label, n_steps=40, generator=rng))
+    assert all((s.written.sum(1) <= 1).all() for s in many) and not (many[-1].x == 2).any()
+
+
+def test_random_order_one_at_a_time_has_the_law_of_the_data(rng):
+    """Each token from its exact law given those before it, in any order."""
+    world = dense().under("mask")
+    options = dict(n_steps=3, generator=rng, order="random", schedule="linear", vocab=3)
+    x, label = start("mask", N_LAW, 3, rng), torch.zeros(N_LAW).long()
+    assert world.distance(finish(confidence(Table(world, any_level(world)), x, label, **options)).x) < 0.02
+    options |= dict(n_steps=1)
+    assert world.distance(finish(confidence(Table(world, any_level(world)), x, label, **options)).x) > 0.05
+
+
+def any_level(world):
+    """A mask denoiser: what masks are is no question of t."""
+    return lambda x, t, label, sites=None: world.denoiser(x, torch.full_like(t, 0.5), label, sites)
+
+
+def test_temperature_falls_evenly(monkeypatch, rng):
+    seen = []
+    monkeypatch.setattr(samplers, "sharpen", lambda y, temperature, *rest: seen.append(temperature) or y.softmax(-1))
+    net = lambda x, t, label, sites: torch.zeros(*sites.shape, 4)  # noqa: E731
+    options = dict(n_steps=3, order="random", temperature=1.0, temperature_end=0.5, generator=rng)
+    finish(confidence(net, torch.full((2, 9), 4), torch.zeros(2).long(), **options))
+    assert seen == pytest.approx([1.0, 0.75, 0.5])
+
+
+@pytest.mark.parametrize("remask, eta", [("rescale", 0.3), ("cap", 0.05)])
+def test_remasking_free_of_confidence_has_the_law_of_the_data(remask, eta, rng):
+    """ReMDM keeps the marginals at every level; written tokens are masked again on the way."""
+    world = dense().under("mask")
+    net, label = Table(world, any_level(world)), torch.zeros(N_LAW).long()
+    n_again = 0
+    for state in remdm(net, start("mask", N_LAW, 3, rng), label, n_steps=32, generator=rng, remask=remask, eta=eta):
+        n_again += (state.written & (state.x == 3)).sum().item()
+    assert world.distance(state.x) < 0.02 and n_again > N_LAW / 2
+
+
+def test_remasking_by_confidence_masks_the_unsure(rng):
+    """What was written at a small probability is masked again more often than what was certain; all ends unmasked."""
+
+    def denoiser(x, t, label, sites):
+        p = torch.where(sites < 4, 0.999, 0.5)[..., None]
+        return torch.cat([p.log(), (1 - p).log()], -1)
+
+    again = torch.zeros(8)
+    x, label = torch.full((4000, 8), 2), torch.zeros(4000).long()
+    for state in remdm(denoiser, x, label, n_steps=20, generator=rng, eta=0.1):
+        again += (state.written & (state.x == 2)).sum(0)
+    assert again[4:].sum() > 1.15 * again[:4].sum() > 0 and not (state.x == 2).any()
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "confidence", "remdm"])
+def test_known_tokens_in_mask_samplers(sampler, rng):
+    x = torch.full((6, 10), 5)
+    known = torch.rand(6, 10, generator=rng) < 0.4
+    x = torch.where(known, torch.randint(5, x.shape, generator=rng), x)
+    net = lambda x, t, label, sites=None: torch.zeros(*(x if sites is None else sites).shape, 5)  # noqa: E731
+    options = dict(n_steps=7, generator=rng, vocab=5, known=known)
+    options |= dict(process="mask") if sampler == "ancestral" else {}
+    for state in getattr(samplers, sampler)(net, x, torch.zeros(6).long(), **options):
+        assert torch.equal(state.x[known], x[known]) and not (state.written & known).any() and len(state.x) == 6
+        assert (state.p_noise[known] == 0).all()
+    assert not (state.x == 5).any()
+
+
+def test_a_finished_sequence_of_masks_leaves_the_computation(rng):
+    """Ancestral sampling asks for no row without masks, and for none at all where no token is uncovered."""
+    rows = []
+
+    def net(x, t, label, sites):
+        rows.append(len(x))
+        assert (x == 5).any(1).all()
+        return torch.zeros(*sites.shape, 5)
+
+    state = finish(
+        ancestral(net, torch.full((8, 2), 5), torch.zeros(8).long(), n_steps=50, generator=rng, process="mask")
+    )
+    assert min(rows) < 8 and len(rows) < 50 and state.nfe.sum() == sum(rows)
+
+
+def test_what_a_uniform_denoiser_says_of_noise(rng):
+    """State.p_noise of ancestral sampling is the exact p(noise | x_t), with masks certain."""
+    world = dense()
+    state = next(
+        iter(
+            ancestral(
+                world.denoiser,
+                start("uniform", 40, 3, rng),
+                torch.zeros(40).long(),
+                n_steps=2,
+                generator=torch.Generator().manual_seed(5),
+                process="uniform",
+            )
+        )
+    )
+    assert torch.allclose(state.p_noise, torch.ones(40, 3))
+    x, t = torch.randint(3, (40, 3), generator=rng), torch.full((40, 1), 0.6)
+    p_at_x = world.denoiser(x, t, None).softmax(-1).gather(-1, x[..., None])[..., 0]
+    assert torch.allclose(
+        processes.noise_of(p_at_x, x, t.double(), "uniform", 3), world.planner(x, t, None).sigmoid(), atol=1e-6
+    )
+    assert processes.noise_of(p_at_x, torch.full_like(x, 3), t, "hybrid", 3, 0.2).min() == 1
 
 
 def test_from_self_recovers_the_exact_planner_and_denoiser(rng):
@@ -225,6 +408,17 @@ def test_from_self_recovers_the_exact_planner_and_denoiser(rng):
     p_noise, others = from_self(self_prediction, xt, t.double())
     assert torch.allclose(p_noise, world.planner(xt, t.double(), None).sigmoid())
     assert torch.allclose(others, world.denoiser(xt, t.double(), None).softmax(-1))
+
+
+def test_draws_keep_the_tails(rng):
+    """Ids of probability 1e-4 are drawn as often as that, impossible ones never, also among a million of others."""
+    probs = torch.tensor([0.0, 0.9999, 0.0, 1e-4, 0.0])
+    counts = torch.bincount(samplers.draw(probs.expand(2_000_000, 5), rng), minlength=5)
+    assert counts[[0, 2, 4]].sum() == 0 and counts[3].item() == pytest.approx(200, abs=60)
+    n = 1_000_000
+    wide = torch.cat([torch.full((n,), 0.5 / n), torch.tensor([0.5])])
+    ids = torch.tensor([samplers.draw(wide, rng).item() for _ in range(200)])
+    assert 70 < (ids == n).sum() < 130 and 0.4 < ids[ids < n].double().mean() / n < 0.6
 
 
 def test_truncation():
@@ -243,7 +437,7 @@ def test_guidance_moves_along_the_difference_of_labelled_and_unlabelled(rng):
         return label[:, None].float().expand(x.shape)
 
     x, t, label = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 1), torch.tensor([4, 5])
-    logits, calls = samplers.guided(net, x, t, label, None, 3.0, 10)
+    logits, calls = samplers.guided(net, x, t, label, None, 3.0, False, 10)
     assert calls == 2 and logits[:, 0].tolist() == [10 + 3 * (4 - 10), 10 + 3 * (5 - 10)]
 
 
@@ -258,9 +452,9 @@ def test_guidance_ramps_with_the_share_of_noise_gone(is_ramped, rng):
 
     want = [1.0, 2.0, 3.0] if is_ramped else [3.0, 3.0, 3.0]
     for sites in (None, torch.zeros(3, 2).long()):
-        logits, calls = samplers.guided(net, x, t, label, sites, samplers.ramp(3.0, t, is_ramped), 9)
+        logits, calls = samplers.guided(net, x, t, label, sites, 3.0, is_ramped, 9)
         assert calls == 2 and logits.flatten(1)[:, 0].tolist() == want
-    assert samplers.guided(net, x, t, label, None, samplers.ramp(1.0, t, is_ramped), 9)[1] == 1
+    assert samplers.guided(net, x, t, label, None, 1.0, is_ramped, 9)[1] == 1
 
 
 @pytest.mark.parametrize(

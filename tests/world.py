@@ -2,18 +2,32 @@
 
 import torch
 
+from diffusion.processes import fates
+
 
 class World:
     """Support points (S, N) in [0, V) with probabilities q (S,); posteriors by enumeration, in float64."""
 
-    def __init__(self, points, q, vocab):
+    def __init__(self, points, q, vocab, process="uniform", p_uniform=0.1):
         self.points, self.q, self.vocab = points, q.double() / q.sum(), vocab
+        self.process, self.p_uniform = process, p_uniform
+
+    def under(self, process, p_uniform=0.1):
+        """The same data under another forward process."""
+        return World(self.points, self.q, self.vocab, process, p_uniform)
 
     def likelihood(self, x, t):
-        """p(x_d | x0_d) under uniform noise; masks (id V) say nothing.  x (B, N), t (B, 1) -> (B, S, N)"""
-        t = t.double()[:, None]
-        like = torch.where(x[:, None] == self.points, 1 - t + t / self.vocab, t / self.vocab)
+        """p(x_d | x0_d); masks (id V) say nothing.  x (B, N), t (B, 1) -> (B, S, N)"""
+        keep, _, uniform = (y.double()[:, None] for y in fates(t.double(), self.process, self.p_uniform))
+        like = torch.where(x[:, None] == self.points, keep + uniform / self.vocab, uniform / self.vocab)
         return torch.where(x[:, None] == self.vocab, torch.ones_like(like), like)
+
+    def self_denoiser(self, x, t, label, sites=None):
+        """log p(x0_d | x_t), the token itself among what is seen, (B, N, V)"""
+        joint = self.likelihood(x, t).prod(-1) * self.q
+        joint = joint / joint.sum(1, keepdim=True).clamp_min(1e-300)
+        hot = torch.nn.functional.one_hot(self.points, self.vocab).double()
+        return torch.einsum("bs,snv->bnv", joint, hot).log()
 
     def planner(self, x, t, label, sites=None):
         """logits of p(noise | x_t), (B, N)"""
@@ -62,15 +76,16 @@ def sparse(seed=0):
 
 
 class Table:
-    """The same network for a dense world and one level for all rows: asked once per point, then looked up."""
+    """The same network for a dense world and one level for all rows: asked once per state, then looked up."""
 
     def __init__(self, world, net):
         self.world, self.net = world, net
         n = world.points.shape[1]
-        self.place = world.vocab ** torch.arange(n - 1, -1, -1)
+        self.states = torch.cartesian_prod(*[torch.arange(world.vocab + 1)] * n)  # masks too
+        self.place = (world.vocab + 1) ** torch.arange(n - 1, -1, -1)
 
     def __call__(self, x, t, label, sites=None):
         assert (t == t[0, 0]).all()
-        points = self.world.points
-        out = self.net(points, t[:1].expand(len(points), 1), label[:1])[(x * self.place).sum(1)]
+        known = self.net(self.states, t[:1].expand(len(self.states), 1), label[:1].expand(len(self.states)))
+        out = known[(x * self.place).sum(1)]
         return out if sites is None else out.gather(1, sites[..., None].expand(-1, -1, out.shape[-1]))
