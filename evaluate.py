@@ -1,6 +1,6 @@
-"""Judge a run's samples.   python evaluate.py out/digits --n-samples 500 --n-steps 32
+"""Judge runs by their samples, at equal numbers of network calls.
 
-A classifier fitted on the real training sequences names each sample; its verdict is compared with the label asked for.
+python evaluate.py out/digits --samplers ddpd ancestral confidence remdm --nfe 8 16 32 64 --n-samples 500
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,20 @@ import config
 
 @dataclass(frozen=True)
 class Flags:
-    """Judge accuracy, over all and per class, and the share of distinct samples. Adds rows to RUN/evaluate.csv."""
+    """One table over runs, samplers and NFE. Adds rows to RUN/evaluate.csv; plots in the first run's folder."""
     runs: tuple[str, ...]                   # folders of runs
-    n_samples: int = 500                    # samples per seed, classes in turn
-    n_steps: int = 32                       # steps of planned denoising
+    samplers: tuple[str, ...] = ("ddpd",)   # ddpd, ancestral, confidence, random, remdm
+    nfe: tuple[int, ...] = (64,)            # network calls per sample; planner and denoiser both count
+    n_samples: int = 500                    # samples per row, classes in turn
     seeds: tuple[int, ...] = (0,)           # of the sampling noise; one row each
     batch_size: int = 250                   # samples drawn at a time
+    temperature: float = 1.0                # of the denoiser
+    top_p: float = 1.0                      # probability mass it draws from, in (0, 1]
+    guidance: float = 1.0                   # of the denoiser
+    planner_guidance: float = 1.0           # of the planner
+    guidance_ramp: bool = False             # let both grow from 1 with the share of noise gone
+    planner: bool = False                   # judge the planner too: RUN/reliability.png
+    decoder: str = ""                       # TorchScript, tokens -> images: writes RUN/SAMPLER_NFE.npz for image suites
 
 
 if __name__ == "__main__":
@@ -31,88 +39,313 @@ from tqdm import tqdm
 
 import data
 import model
+import render
 import runtime
-from diffusion import samplers
+from diffusion import objectives, processes, samplers
 
-N_FIT = 10_000          # training sequences the judge is fitted on, at most
+N_REAL = 10_000         # real sequences that judge, Frechet distance and neighbours are fitted on, at most
+N_PCA, K_NEAREST = 64, 3
+N_BINS, N_CALIBRATION = 10, 15
+N_BITS = 2048           # sequences behind bits per token, at least
+VARIANTS = {            # name here: (sampler, its options)
+    "ddpd": ("ddpd", {}),
+    "ancestral": ("ancestral", {}),
+    "confidence": ("confidence", {}),
+    "random": ("confidence", dict(order="random", temperature_end=0.6)),
+    "remdm": ("remdm", {}),
+}
 
 
 class Judge:
-    """A support vector classifier on pixels, fitted anew on the real training sequences of a run's data."""
+    """What real data of a run says of samples: everything is fitted anew on its training split."""
 
     def __init__(self, meta, splits):
+        from sklearn.decomposition import PCA
+        from sklearn.neighbors import NearestNeighbors
         from sklearn.svm import SVC
 
         self.meta = meta
-        x, y = splits["train"].rows(np.arange(min(N_FIT, len(splits["train"]))))
-        self.svc = SVC(C=10.0).fit(self.features(x), y)
-        self.real = self.accuracy(*splits["val"].rows(np.arange(min(N_FIT, len(splits["val"])))))
+        rows = {name: s.rows(np.arange(min(N_REAL, len(s)))) for name, s in splits.items()}
+        self.tokens, labels = rows["train"]
+        x = self.features(self.tokens)
+        self.svc = SVC(C=10.0).fit(x, labels)
+        self.pca = PCA(min(N_PCA, *x.shape), random_state=0).fit(x)
+        self.real = self.pca.transform(x)
+        self.nearest = NearestNeighbors(n_neighbors=K_NEAREST + 1).fit(self.real)
+        self.radius = self.nearest.kneighbors(self.real)[0][:, -1]
+        self.seen = {row.tobytes() for row in self.tokens}
+        self.val = self.scores(*rows["val"])
 
     def features(self, tokens):
         return tokens / (self.meta["vocab"] - 1)
 
-    def accuracy(self, tokens, labels):
-        """Share of sequences named as labelled.  -> over all, {class: share}"""
+    def scores(self, tokens, labels):
+        """What a table says of sequences (n, N) and the labels asked for.  -> {column: value}, {class: accuracy}"""
+        from sklearn.neighbors import NearestNeighbors
+
         right = self.svc.predict(self.features(tokens)) == labels
-        return right.mean(), {int(c): right[labels == c].mean() for c in np.unique(labels)}
+        per_class = {int(c): right[labels == c].mean() for c in np.unique(labels)}
+        draws = np.random.default_rng(0).integers(len(right), size=(2000, len(right)))
+        lo, hi = np.quantile(right[draws].mean(1), [0.025, 0.975])
+        mine = self.pca.transform(self.features(tokens))
+        near, which = self.nearest.kneighbors(mine, n_neighbors=10)
+        own = NearestNeighbors(n_neighbors=min(K_NEAREST + 1, len(mine))).fit(mine)
+        reach = own.kneighbors(mine)[0][:, -1]
+        back, whom = own.kneighbors(self.real, n_neighbors=min(10, len(mine)))
+        out = dict(judge_acc=right.mean(), lo=lo, hi=hi, worst_class=min(per_class.values()),
+                   frechet=frechet(mine, self.real), precision=(near <= self.radius[which]).any(1).mean(),
+                   recall=(back <= reach[whom]).any(1).mean(), entropy=entropy(tokens, self.meta["vocab"]),
+                   distinct=len(np.unique(tokens, axis=0)) / len(tokens),
+                   duplicates=np.mean([row.tobytes() in self.seen for row in tokens]))
+        return {k: round(float(v), 4) for k, v in out.items()}, per_class
 
 
-def draw(kind, nets, labels, meta, seed, device, dtype, n_steps, batch_size):
-    """Sample all labels, a batch at a time.  -> tokens (n, N), mean NFE, seconds per sample"""
-    rng, parts, calls, began = runtime.generator(seed, device=device), [], [], time.perf_counter()
-    for label in tqdm(torch.as_tensor(labels).split(batch_size), unit="batch", leave=False):
-        with runtime.autocast(device, dtype):
-            steps = samplers.run("ddpd", kind, nets, label.to(device), meta=meta, generator=rng, n_steps=n_steps)
-            final = samplers.last(steps)
-        parts.append(final.x.cpu().numpy())
-        calls.append(final.nfe.float().cpu())
-    return np.concatenate(parts), torch.cat(calls).mean().item(), (time.perf_counter() - began) / len(labels)
+def frechet(a, b):
+    """Distance of two Gaussians fitted to (n, d) and (m, d)."""
+    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values = np.linalg.eigvals(ca @ cb).real.clip(0)
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * np.sqrt(values).sum()
 
 
-def worst(per_class, meta):
-    c = min(per_class, key=per_class.get)
-    return f"worst class {meta['class_names'][c]} {per_class[c]:.1%}"
+def entropy(tokens, vocab):
+    """Bits per token of independent positions: how varied sequences (n, N) are."""
+    p = np.stack([(tokens == v).mean(0) for v in np.unique(tokens)])
+    return -(p * np.log2(np.where(p > 0, p, 1))).sum(0).mean()
+
+
+class Run:
+    """A trained run, ready to be sampled and judged."""
+
+    def __init__(self, folder, device):
+        self.folder, self.device, state = folder, device, runtime.load_run(folder)
+        self.meta, self.cfg, self.it = state["meta"], state["config"], state["it"]
+        self.kind = config.kind_of(self.cfg)
+        self.nets = model.from_checkpoint(state, self.kind, device)
+        self.splits = data.load(self.cfg["data"], self.cfg["image_size"], self.cfg["levels"])[1]
+        self.is_judged = self.meta["n_classes"] > 0 and self.meta["palette"] == "grey"
+        self.judge = Judge(self.meta, self.splits) if self.is_judged else None
+
+    def val(self, n):
+        """n held-out sequences, again from the first where there are fewer.  -> x0 (n, N), label (n,)"""
+        x0, label = self.splits["val"].rows(np.arange(n) % len(self.splits["val"]))
+        return torch.from_numpy(x0).to(self.device), torch.from_numpy(label).to(self.device)
+
+    def bits(self):
+        """Bits per token of held-out data by the bound that is tight for exact networks, and its standard error."""
+        x0, label = self.val(-(-N_BITS // len(self.splits["val"])) * len(self.splits["val"]))
+        with runtime.autocast(self.device, self.cfg["dtype"]):
+            bounds = objectives.bits_per_token(self.nets, self.kind, x0, label, self.meta["vocab"],
+                                               runtime.generator(0))
+        return bounds.get("masked") or bounds["renoise"]
+
+    def draw(self, sampler, options, labels, seed, batch_size):
+        """-> tokens (n, N), mean NFE, seconds per sample"""
+        rng, parts, calls = runtime.generator(seed, device=self.device), [], []
+        began = time.perf_counter()
+        for label in tqdm(torch.as_tensor(labels).split(batch_size), unit="batch", leave=False):
+            with runtime.autocast(self.device, self.cfg["dtype"]):
+                steps = samplers.run(sampler, self.kind, self.nets, label.to(self.device), meta=self.meta,
+                                     generator=rng, **options)
+                final = samplers.last(steps)
+            parts.append(final.x.cpu().numpy())
+            calls.append(final.nfe.float().cpu())
+        return np.concatenate(parts), torch.cat(calls).mean().item(), (time.perf_counter() - began) / len(labels)
+
+
+def n_steps_of(name, kind, nfe, flags):
+    """Steps for which a sampler may make nfe calls; refuses fewer than one."""
+    is_pair = VARIANTS[name][0] == "ddpd" and kind != "single"
+    calls = (2 if flags.guidance != 1 else 1) + is_pair * (2 if flags.planner_guidance != 1 else 1)
+    if nfe < calls:
+        raise SystemExit(f"--nfe {nfe} is too small for {name}: a step of it takes {calls} network calls")
+    return nfe // calls
+
+
+def evaluate(run, name, nfe, seed, flags, bits):
+    """One row of the table.  -> {column: value}"""
+    sampler, options = VARIANTS[name]
+    n_steps = n_steps_of(name, run.kind, nfe, flags)
+    options = dict(n_steps=n_steps, temperature=flags.temperature, top_p=flags.top_p, guidance=flags.guidance,
+                   guidance_ramp=flags.guidance_ramp) | options
+    if sampler == "ddpd":
+        options["planner_guidance"] = flags.planner_guidance
+    n_classes = run.meta["n_classes"]
+    labels = np.arange(flags.n_samples) % n_classes if n_classes else np.zeros(flags.n_samples, np.int64)
+    tokens, calls, seconds = run.draw(sampler, options, labels, seed, flags.batch_size)
+    if flags.decoder:
+        write_images(run, f"{name}_{nfe}", tokens, flags)
+    row = dict(run=run.folder, it=run.it, train_seed=run.cfg["seed"], sampler=name, steps=n_steps, nfe=round(calls, 2),
+               guidance=flags.guidance, s_per_sample=round(seconds, 4), n=flags.n_samples, seed=seed)
+    row |= run.judge.scores(tokens, labels)[0] if run.is_judged else {"entropy": entropy(tokens, run.meta["vocab"])}
+    return row | dict(bits_per_token=round(bits[0], 4), bits_se=round(bits[1], 4), commit=runtime.commit(),
+                      device=runtime.device_name(run.device))
+
+
+def write_images(run, name, tokens, flags):
+    """Decoded samples as uint8 (n, H, W, 3) under arr_0: the layout of the ADM evaluation suite."""
+    decoder, parts = render.load_decoder(flags.decoder, run.meta, run.device), []
+    for batch in np.split(tokens, range(flags.batch_size, len(tokens), flags.batch_size)):
+        parts.append(render.pictures(batch.reshape(-1, *run.meta["grid"]), run.meta, decoder))
+    np.savez(Path(run.folder) / f"{name}.npz", np.concatenate(parts))
+
+
+# The planner
+
+
+@torch.no_grad()
+def planner_says(run, n=1024):
+    """P(noise) of held-out tokens and whether they are noise, on corrupted data and on what the planner sees in use.
+
+    In use: noise of level t replaced by the denoiser's draws, "noise" being what differs from the clean token.
+    -> {"corrupted" or "in use": (t, p, is_noise), each (n * N,)}
+    """
+    (x0, label), vocab, rng = run.val(n), run.meta["vocab"], runtime.generator(0)
+    t = ((torch.randperm(n, generator=rng)[:, None] + 0.5) / n).to(run.device)
+    out = {"corrupted": [], "in use": []}
+
+    def say(where, x, i, is_noise):
+        if "planner" in run.nets:
+            p = run.nets["planner"](x, t[i], label[i]).sigmoid()
+        else:
+            p = processes.from_self(run.nets["denoiser"](x, t[i], label[i]).softmax(-1), x, t[i])[0]
+        out[where].append(torch.stack([t[i].expand(x.shape), p, is_noise.float()]).flatten(1).cpu())
+
+    for i in torch.arange(n).split(64):
+        with runtime.autocast(run.device, run.cfg["dtype"]):
+            x, is_noise = (y.to(run.device) for y in processes.corrupt(x0[i].cpu(), t[i].cpu(), "uniform", vocab, rng))
+            say("corrupted", x, i, is_noise)
+            masked = x.masked_fill(is_noise, vocab) if run.kind == "maskd" else x
+            draws = run.nets["denoiser"](masked, t[i], label[i]).softmax(-1)
+            if run.kind == "single":
+                draws = processes.from_self(draws, x, t[i])[1]
+            filled = torch.where(is_noise, samplers.draw(draws, torch.Generator(run.device).manual_seed(int(i[0]))), x)
+            say("in use", filled, i, filled != x0[i])
+    return {name: torch.cat(parts, 1).numpy() for name, parts in out.items()}
+
+
+def calibration(p, is_noise):
+    """Expected calibration error over equal bins of p.  -> error, [(mean p, share of noise, tokens)]"""
+    which = np.minimum((p * N_CALIBRATION).astype(int), N_CALIBRATION - 1)
+    bins = [(p[which == b].mean(), is_noise[which == b].mean(), (which == b).sum()) for b in np.unique(which)]
+    return sum(n * abs(mean - share) for mean, share, n in bins) / len(p), bins
+
+
+def judge_planner(run):
+    """Print AUROC and calibration error per bin of noise level; the reliability diagram goes to RUN/reliability.png."""
+    import matplotlib
+    from sklearn.metrics import roc_auc_score
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(5, 4.6), layout="constrained")
+    panel.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, (t, p, is_noise) in planner_says(run).items():
+        error, bins = calibration(p, is_noise)
+        overall = roc_auc_score(is_noise, p)
+        print(f"planner of {run.folder}, {name}: AUROC {overall:.3f}, calibration error {error:.3f}")
+        for b in range(N_BINS):
+            here = (t * N_BINS).astype(int) == b
+            if 0 < is_noise[here].sum() < here.sum():
+                auroc, off = roc_auc_score(is_noise[here], p[here]), calibration(p[here], is_noise[here])[0]
+                print(f"  t {b / N_BINS:.1f} to {(b + 1) / N_BINS:.1f}: AUROC {auroc:.3f}, calibration error {off:.3f}")
+        panel.plot(*np.array([b[:2] for b in bins]).T, marker="o", markersize=4,
+                   label=f"{name}: AUROC {overall:.3f}, error {error:.3f}")
+    panel.set(xlabel="P(noise) said by the planner", ylabel="share of noise", title=run.folder, xlim=(0, 1),
+              ylim=(0, 1))
+    panel.legend()
+    figure.savefig(Path(run.folder) / "reliability.png", dpi=110)
+    pyplot.close(figure)
+
+
+# The table
+
+
+def write_row(path, row):
+    """Append to a CSV, which gets a new header where its columns have changed."""
+    with runtime.one_line_errors(OSError):
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, row, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows([*rows, row])
+
+
+def plot(rows, path):
+    """Quality against NFE and against seconds; seeds are averaged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row.get("judge_acc", "n/a") != "n/a"]
+    if not rows:
+        return
+    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharey="row", layout="constrained")
+    for line in dict.fromkeys((row["run"], row["sampler"]) for row in rows):
+        mine = [row for row in rows if (row["run"], row["sampler"]) == line]
+        steps = sorted({row["steps"] for row in mine})
+        axes = [(y, x) for y in ("judge_acc", "frechet") for x in ("nfe", "s_per_sample")]
+        for panel, (y, x) in zip(panels.flat, axes, strict=True):
+            at = [[np.mean([row[k] for row in mine if row["steps"] == s]) for s in steps] for k in (x, y)]
+            panel.plot(*at, marker="o", markersize=4, label=f"{Path(line[0]).name}, {line[1]}")
+            panel.set(xscale="log", xlabel={"nfe": "network calls (NFE)", "s_per_sample": "seconds per sample"}[x],
+                      ylabel={"judge_acc": "judge accuracy", "frechet": "Frechet distance"}[y])
+    panels[1, 0].set_yscale("log")
+    panels[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main(flags):
     device = runtime.pick_device()
-    if min(flags.n_samples, flags.n_steps, flags.batch_size) < 1:
-        raise SystemExit("--n-samples, --n-steps and --batch-size must be at least 1")
-    if min(flags.seeds) < 0:
-        raise SystemExit("--seeds must not be negative")
-    for run in flags.runs:
-        state = runtime.load_run(run)
-        meta, cfg = state["meta"], state["config"]
-        if not meta["n_classes"] or meta["palette"] != "grey":
-            raise SystemExit(f"{run}: the judge needs grey pictures with classes, and {meta['name']} has none")
-        nets = model.from_checkpoint(state, config.kind_of(cfg), device)
-        judge = Judge(meta, data.load(cfg["data"], cfg["image_size"], cfg["levels"])[1])
-        print(f"{run}, iteration {state['it']}: judge on real held-out data {judge.real[0]:.1%}, "
-              f"{worst(judge.real[1], meta)}")
-        for seed in flags.seeds:
-            labels = np.arange(flags.n_samples) % meta["n_classes"]
-            tokens, nfe, s_per_sample = draw(config.kind_of(cfg), nets, labels, meta, seed, device, cfg["dtype"],
-                                             flags.n_steps, flags.batch_size)
-            accuracy, per_class = judge.accuracy(tokens, labels)
-            distinct = len(np.unique(tokens, axis=0)) / len(tokens)
-            print(f"  {flags.n_samples} samples, {flags.n_steps} steps, {nfe:.1f} NFE, seed {seed}: "
-                  f"judge accuracy {accuracy:.1%}, "
-                  f"{worst(per_class, meta)}, distinct {distinct:.1%}, {s_per_sample:.3f} s each")
-            row = dict(run=run, it=state["it"], train_seed=cfg["seed"], sampler="ddpd", steps=flags.n_steps,
-                       nfe=round(nfe, 2),
-                       s_per_sample=round(s_per_sample, 4), n=flags.n_samples, seed=seed, judge_acc=round(accuracy, 4),
-                       worst_class=round(min(per_class.values()), 4), distinct=round(distinct, 4),
-                       judge_acc_real=round(judge.real[0], 4), commit=runtime.commit(), device=str(device))
-            write_row(Path(run) / "evaluate.csv", row)
+    for name in flags.samplers:
+        if name not in VARIANTS:
+            raise SystemExit(f"--samplers {name} is not one of {', '.join(VARIANTS)}")
+    if min(flags.n_samples, flags.batch_size, *flags.nfe) < 1 or min(flags.seeds) < 0:
+        raise SystemExit("--n-samples, --batch-size and --nfe must be at least 1, --seeds not negative")
+    rows = []
+    for folder in flags.runs:
+        run = Run(folder, device)
+        if (flags.guidance, flags.planner_guidance) != (1, 1) and not run.cfg["label_dropout"]:
+            raise SystemExit(f"{folder} was trained without label dropout: there is nothing to guide away from")
+        bits = run.bits()
+        print(f"{folder}, iteration {run.it}: {bits[0]:.3f} +- {bits[1]:.3f} bits per token on held-out data")
+        if run.is_judged:
+            real, per_class = run.judge.val
+            print("  held-out real data: " + describe(real, per_class, run.meta))
+        if flags.planner:
+            judge_planner(run)
+        for name in flags.samplers:
+            if VARIANTS[name][0] not in samplers.FITS[run.kind]:
+                if len(flags.runs) == 1:
+                    with runtime.one_line_errors(ValueError):
+                        samplers.check_fit(run.kind, VARIANTS[name][0])
+                rows.append(dict(run=folder, sampler=name, nfe="n/a", judge_acc="n/a"))
+                print(f"  {name}: n/a for a {run.kind} run")
+                continue
+            for nfe in flags.nfe:
+                for seed in flags.seeds:
+                    with runtime.one_line_errors(ValueError):
+                        rows.append(evaluate(run, name, nfe, seed, flags, bits))
+                    row = rows[-1]
+                    print(f"  {name:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, seed {seed}, n {row['n']}: "
+                          + describe(row, None, run.meta) + f", {row['s_per_sample']:.3f} s each")
+                    write_row(Path(folder) / "evaluate.csv", row)
+    plot(rows, Path(flags.runs[0]) / "evaluate.png")
 
 
-def write_row(path, row):
-    is_new = not path.exists()
-    with runtime.one_line_errors(OSError), open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+def describe(row, per_class, meta):
+    """A row in words."""
+    if "judge_acc" not in row:
+        return f"entropy {row['entropy']:.3f} bits"
+    worst = ""
+    if per_class:
+        worst = f" {meta['class_names'][min(per_class, key=per_class.get)]}"
+    return (f"judge accuracy {row['judge_acc']:.1%} ({row['lo']:.1%} to {row['hi']:.1%}), worst class{worst} "
+            f"{row['worst_class']:.1%}, Frechet {row['frechet']:.3f}, precision {row['precision']:.3f}, "
+            f"recall {row['recall']:.3f}, entropy {row['entropy']:.3f} bits, distinct {row['distinct']:.1%}, "
+            f"in the training set {row['duplicates']:.1%}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,21 @@ def pictures(tokens, meta, decoder=None):
     return ((images + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 
+def load_decoder(path, meta, device):
+    """A TorchScript image tokenizer's decoder, tried on one sequence."""
+    import torch
+
+    try:
+        decoder = torch.jit.load(path, map_location=device)
+        out = decoder(torch.zeros(1, *meta["grid"], dtype=torch.long, device=device))
+    except Exception as error:                                          # TorchScript raises many kinds
+        raise SystemExit(f"{path} cannot decode tokens of shape (n, {', '.join(map(str, meta['grid']))}): "
+                         f"{str(error).strip().splitlines()[0]}") from None
+    if out.dim() != 4 or out.shape[1] != 3:
+        raise SystemExit(f"{path} decodes to {tuple(out.shape)}, not to images (n, 3, H, W)")
+    return lambda tokens: decoder(tokens.to(device).long())
+
+
 def heat(p):
     """Probability -> colour, on a scale that is always 0 to 1.  (...) -> (..., 3) uint8"""
     import matplotlib

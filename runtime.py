@@ -55,6 +55,11 @@ def pick_device(local=0):
     return torch.device("cuda", local) if torch.cuda.device_count() > local else torch.device("cpu")
 
 
+def device_name(device):
+    """The device in words, for tables."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
 def has_bfloat16(device):
     """Does the device multiply bfloat16 natively? (Emulated, it is slower than float32.)"""
     if device.type == "cuda":

@@ -55,19 +55,6 @@ import runtime
 from diffusion import samplers
 
 
-def load_decoder(path, meta, device):
-    """A TorchScript image tokenizer's decoder, tried on one sequence."""
-    try:
-        decoder = torch.jit.load(path, map_location=device)
-        out = decoder(torch.zeros(1, *meta["grid"], dtype=torch.long, device=device))
-    except Exception as error:                                          # TorchScript raises many kinds
-        raise SystemExit(f"{path} cannot decode tokens of shape (n, {', '.join(map(str, meta['grid']))}): "
-                         f"{runtime.first_line(error)}") from None
-    if out.dim() != 4 or out.shape[1] != 3:
-        raise SystemExit(f"{path} decodes to {tuple(out.shape)}, not to images (n, 3, H, W)")
-    return lambda tokens: decoder(tokens.to(device).long())
-
-
 def load_known(path, meta, labels):
     """Tokens to keep: one sequence for each sample, or one for all.  -> tokens, mask (n, N), labels"""
     try:
@@ -114,7 +101,7 @@ def main(flags):
     labels = labels or [min(i, n_classes) for i in range(n_classes if 0 < n_classes <= 10 else 8)]
     if (flags.guidance, flags.planner_guidance) != (1, 1) and not state["config"]["label_dropout"]:
         raise SystemExit(f"{flags.run} was trained without label dropout: there is nothing to guide away from")
-    decoder = load_decoder(flags.decoder, meta, device) if flags.decoder else None
+    decoder = render.load_decoder(flags.decoder, meta, device) if flags.decoder else None
     nets = model.from_checkpoint(state, kind, device)
 
     options = {name: getattr(flags, name) for name in OPTIONS}

@@ -107,6 +107,10 @@ def validate(cfg, meta, nets, split, device):
                 other.append(round(float(roc_auc_score(target[g], verdict[g])), 5) if has_both else None)
         for metric, values in [(short, first), (second, other)]:
             out[f"val_{name}_{metric}"], out[f"val_{name}_{metric}_bins"] = values[0], values[1:]
+    with runtime.autocast(device, cfg.dtype):
+        bounds = objectives.bits_per_token(nets, cfg.kind, x0.to(device), label.to(device), meta["vocab"], rng)
+    for name, (bits, error) in bounds.items():                          # bits per token, standard error
+        out[f"val_bits_{name}"], out[f"val_bits_{name}_se"] = round(bits, 5), round(error, 5)
     return out
 
 
@@ -390,7 +394,7 @@ def main(cfg):
             log.write(it, **scores)
             if cfg.eval_samples:
                 draw_samples(cfg, meta, ema, world.device, it, log)
-            said = {k.removeprefix("val_"): v for k, v in scores.items() if "bins" not in k}
+            said = {k.removeprefix("val_"): v for k, v in scores.items() if not k.endswith(("_bins", "_se"))}
             bar.write(f"{it:>6}: " + ", ".join(f"{k} {v and round(v, 4)}" for k, v in said.items()))
             clock += time.perf_counter() - paused                       # tokens/s leaves validation out
     bar.close()

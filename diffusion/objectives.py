@@ -1,11 +1,12 @@
 """What each network learns.   Tasks are made on the host, where shapes are known: no step waits for the device."""
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from diffusion.processes import corrupt, stratified_t
+from diffusion.processes import corrupt, from_self, stratified_t
 
 
 class Task(NamedTuple):
@@ -92,3 +93,67 @@ def floors(x0, label, vocab, nets, denoiser_process, generator, n_rows=2048):
 
 
 LOSSES = {"planner": planner_loss, "denoiser": denoiser_loss}
+
+
+# Likelihoods: bounds on -log p(x0). Each is E over t of what these functions return, nats per sequence.
+
+
+def masked_bound(q, x, x0, t):
+    """Masked diffusion: (1/t) CE at masks. Tight for an exact q.  q (B, N, V) probabilities, t (B, 1) -> (B,)"""
+    ce = -q.gather(-1, x0[..., None])[..., 0].log()
+    return (torch.where(x == q.shape[-1], ce, 0.0) / t).sum(1)
+
+
+def share_of_noise(x, x0, t, vocab):
+    """P(noise | x_t, x0) under uniform noise.  -> (B, N)"""
+    return torch.where(x != x0, 1.0, t / vocab / (1 - t + t / vocab))
+
+
+def leap_bound(p, q, x, x0, t):
+    """Planner p (B, N) and denoiser q (B, N, V) under the law of schedule leap; loose even where both are exact."""
+    noise = share_of_noise(x, x0, t, q.shape[-1])
+    q0 = q.gather(-1, x0[..., None])[..., 0]
+    return ((p - noise - noise * (p * q0).log()) / t).sum(1)
+
+
+def renoise_bound(p, q, x, x0, t):
+    """The same two in the chain that also re-noises, as ancestral sampling does; tight where both are exact."""
+    redrawn = 1 / (q.shape[-1] * (1 - t))[..., None]                    # rate of falling to any one id
+    noise = share_of_noise(x, x0, t, q.shape[-1])[..., None]
+    is_x0 = torch.zeros_like(q).scatter(-1, x0[..., None], 1.0)
+    model, truth = p[..., None] * (q / t[..., None] + redrawn), noise * (is_x0 / t[..., None] + redrawn)
+    terms = model - truth + torch.special.xlogy(truth, truth / model)
+    return terms.scatter(-1, x[..., None], 0.0).sum((1, 2))
+
+
+@torch.no_grad()
+def bits_per_token(nets, kind, x0, label, vocab, generator, most=2**24):
+    """Upper bounds on -log2 p(x0) / N, one level for each sequence: t = u^2, u stratified on (0, 1), weight 2u.
+
+    nets {name: net}, kind as in samplers.FITS, x0 (n, N), label (n,)  ->  {bound: (bits per token, standard error)}
+    """
+    n, n_tokens = x0.shape
+    u = ((torch.arange(n) + torch.rand(n, generator=generator)) / n).to(x0.device, torch.float64)[:, None]
+    order = torch.randperm(n, generator=generator)
+    t, rows = (u**2).clamp(1e-8, 1 - 1e-8), {}
+    for i in torch.arange(n).split(max(1, most // (n_tokens * vocab))):
+        x0_, label_, t_ = x0[order[i]], label[order[i]], t[i]
+        host = corrupt(x0_.cpu(), t_.cpu(), "mask" if kind == "maskd" else "uniform", vocab, generator)[0]
+        x = host.to(x0.device)
+        q = nets["denoiser"](x, t_.float(), label_).double().softmax(-1)
+        if kind == "maskd":
+            seen = {"masked": masked_bound(q, x, x0_, t_)}
+        else:
+            if kind == "single":
+                p, q = from_self(q, x, t_)
+            else:
+                p = nets["planner"](x, t_.float(), label_).double().sigmoid()
+            seen = {"renoise": renoise_bound(p, q, x, x0_, t_), "leap": leap_bound(p, q, x, x0_, t_)}
+        for name, nats in seen.items():
+            rows.setdefault(name, []).append(2 * u[i, 0] * nats / (n_tokens * math.log(2)))
+    out = {}
+    for name, parts in rows.items():
+        y = torch.cat(parts)
+        pairs = y[: n - n % 2].view(-1, 2).diff(dim=1)                  # neighbouring strata differ by noise alone
+        out[name] = (y.mean().item(), pairs.square().sum().sqrt().item() / n)
+    return out
