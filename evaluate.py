@@ -309,6 +309,11 @@ def main(flags):
         run = Run(folder, device)
         if (flags.guidance, flags.planner_guidance) != (1, 1) and not run.cfg["label_dropout"]:
             raise SystemExit(f"{folder} was trained without label dropout: there is nothing to guide away from")
+        for name in flags.samplers:
+            with runtime.one_line_errors(ValueError):
+                if len(flags.runs) == 1:
+                    samplers.check_fit(run.kind, VARIANTS[name][0])
+            n_steps_of(name, run.kind, min(flags.nfe), flags)
         bits = run.bits()
         print(f"{folder}, iteration {run.it}: {bits[0]:.3f} +- {bits[1]:.3f} bits per token on held-out data")
         if run.is_judged:
@@ -318,9 +323,6 @@ def main(flags):
             judge_planner(run)
         for name in flags.samplers:
             if VARIANTS[name][0] not in samplers.FITS[run.kind]:
-                if len(flags.runs) == 1:
-                    with runtime.one_line_errors(ValueError):
-                        samplers.check_fit(run.kind, VARIANTS[name][0])
                 rows.append(dict(run=folder, sampler=name, nfe="n/a", judge_acc="n/a"))
                 print(f"  {name}: n/a for a {run.kind} run")
                 continue

@@ -3,7 +3,7 @@
 Writes samples.png, samples.npz, planner.mp4 and planner.gif into the run's folder, from the averaged (EMA) weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import config
@@ -14,17 +14,24 @@ class Flags:
     """Sample a run: pictures, tokens and a video of the planner's probability map."""
     run: str                                # folder of a run
     labels: tuple[int, ...] = ()            # one sample for each; (): one per class up to 10 classes, else 8
-    n_steps: int = 64                       # steps, of two network calls each (one with --nets single)
+    n_steps: int = 64                       # steps; planned denoising calls two networks in each (one: --nets single)
     seed: int = 0                           # of the noise and every draw
-    sampler: Literal["ddpd"] = "ddpd"       # planned denoising
-    schedule: Literal["one", "fixed", "spread", "leap"] = "spread"  # sites per step: 1; k; noise left over steps left
+    sampler: Literal["ddpd", "ancestral", "confidence", "remdm"] = "ddpd"   # those after ddpd use the denoiser alone
+    # Of the sampler. Only flags that are given are passed on; one that the sampler does not have is refused.
+    schedule: str = ""                      # ddpd: spread, fixed, one, leap; confidence: arccos, cosine, linear
     k: int = 1                              # sites per step of --schedule fixed, and of --refine
     pick: Literal["proportional", "softmax"] = "proportional"   # choose sites by P(noise), or by its odds
     stop: float = 0.0                       # expected noise tokens under which a sequence is done; 0: spend all steps
     refine: int = 0                         # further steps of k sites
+    order: Literal["confidence", "random"] = "confidence"   # which tokens MaskGIT keeps
+    noise: float = 4.5                      # of MaskGIT's confidence: Gumbel noise at the start
+    temperature_end: float = 0.0            # MaskGIT: where the temperature, falling evenly, ends; 0: it stays
+    remask: Literal["confidence", "rescale", "cap"] = "confidence"  # ReMDM: which tokens are masked again
+    eta: float = 0.2                        # ReMDM: how much of what may be masked again is
     temperature: float = 1.0                # of the denoiser
     top_k: int = 0                          # likeliest tokens the denoiser draws from; 0: all
     top_p: float = 1.0                      # probability mass it draws from, in (0, 1]
+    min_p: float = 0.0                      # draw only ids at least this share as likely as the likeliest
     guidance: float = 1.0                   # of the denoiser: 1 follows the label as trained, more exaggerates it
     planner_guidance: float = 1.0           # of the planner
     guidance_ramp: bool = False             # let both grow from 1 with the share of noise gone
@@ -33,8 +40,7 @@ class Flags:
     decoder: str = ""                       # TorchScript file, tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
 
 
-OPTIONS = ("n_steps", "schedule", "k", "pick", "stop", "refine", "temperature", "top_k", "top_p", "guidance",
-           "planner_guidance", "guidance_ramp")
+OWN = ("run", "labels", "n_steps", "seed", "sampler", "known", "n_video", "decoder")    # flags of this script
 
 if __name__ == "__main__":
     flags = config.load(Flags)
@@ -104,13 +110,17 @@ def main(flags):
     decoder = render.load_decoder(flags.decoder, meta, device) if flags.decoder else None
     nets = model.from_checkpoint(state, kind, device)
 
-    options = {name: getattr(flags, name) for name in OPTIONS}
+    options = {f.name: getattr(flags, f.name) for f in fields(flags)
+               if f.name not in OWN and getattr(flags, f.name) != f.default}
+    for name in options:
+        if name not in samplers.options_of(flags.sampler):
+            raise SystemExit(f"--{name.replace('_', '-')} is no option of sampler {flags.sampler}")
     rng = runtime.generator(flags.seed, device=device)
     shown, n_shown, began = [], min(flags.n_video, len(labels)), time.perf_counter()
     label = torch.tensor(labels, device=device)
     with runtime.one_line_errors(ValueError), runtime.autocast(device, state["config"]["dtype"]):
-        steps = samplers.run(flags.sampler, kind, nets, label, meta=meta, generator=rng, given=given,
-                             known=known, **options)
+        steps = samplers.run(flags.sampler, kind, nets, label, meta=meta, generator=rng,
+                             n_steps=flags.n_steps, given=given, known=known, **options)
         first = next(steps)                                             # a refusal comes before the bar
         for s in tqdm(itertools.chain([first], steps), total=flags.n_steps + flags.refine, unit="step"):
             if n_shown:

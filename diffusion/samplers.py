@@ -3,6 +3,7 @@
 Nets are net(x, t, label, sites=None): planner -> (B, N) logits; denoiser -> (B, N, V) logits, or (B, K, V) at sites.
 """
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -348,6 +349,11 @@ def remdm(denoiser, x, label, *, n_steps, generator, remask="confidence", eta=0.
         x, sure = torch.where(again, vocab, new), torch.where(uncovers, p, sure)
         nfe = nfe + calls
         yield State(x.clone(), masked.float(), uncovers | again, level[:, 0], nfe)
+
+
+def options_of(sampler):
+    """Names of a sampler's arguments that a user may set."""
+    return inspect.signature(globals()[sampler]).parameters.keys()
 
 
 def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, **options):

@@ -101,12 +101,13 @@ def table():
     for kind in KINDS:
         bits = {r["run"]: float(r["bits_per_token"]) for r in rows() if r["run"].startswith(folder(kind, 0)[:-2])}
         if bits:
-            print(f"{kind}: {np.mean([*bits.values()]):.3f} bits per token ({len(bits)} seeds, {min(bits.values()):.3f} "
-                  f"to {max(bits.values()):.3f})")
+            low, mean, high = min(bits.values()), np.mean([*bits.values()]), max(bits.values())
+            print(f"{kind}: {mean:.3f} bits per token ({len(bits)} seeds, {low:.3f} to {high:.3f})")
 
 
 if __name__ == "__main__":
-    words, given = [a for a in sys.argv[1:] if not a.isdigit()], [int(a) for a in sys.argv[1:] if a.isdigit()]
+    words = [a for a in sys.argv[1:] if not a.isdigit()]
+    given = [int(a) for a in sys.argv[1:] if a.isdigit()]
     if set(words) - {"train", "sample", "table"}:
         raise SystemExit(__doc__.split("\n")[0])
     for word in words or ("train", "sample", "table"):
