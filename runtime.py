@@ -214,8 +214,9 @@ class Log:
             self.file.write(json.dumps({"it": it, **values}) + "\n")
             self.file.flush()
         if self.wandb:
-            bins = {f"{k}/{i}": v for k, many in values.items() if isinstance(many, list) for i, v in enumerate(many)}
-            self.wandb.log({k: v for k, v in values.items() if not isinstance(v, list)} | bins, step=it)
+            flat = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            flat |= {f"{k}/{i}": v for k, many in values.items() if isinstance(many, list) for i, v in enumerate(many)}
+            self.wandb.log(flat | {f"floor/{k}": v for k, v in values.get("floors", {}).items()}, step=it)
 
     def media(self, it, **paths):
         """Pictures (.png) and videos."""

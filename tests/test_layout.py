@@ -49,7 +49,7 @@ def test_budget():
         return sum(len(p.read_text().splitlines()) for pattern in patterns for p in ROOT.glob(pattern))
 
     assert lines("model.py", "diffusion/*.py", "train_ddpd.py", "sample.py") <= 1500
-    assert lines("*.py", "diffusion/*.py", "sources/*.py", "configs/*.py", "experiments/*.py") <= 3200
+    assert lines("*.py", "diffusion/*.py", "sources/*.py", "configs/*.py", "experiments/*.py") <= 3600
 
 
 def test_ci_runs_the_tests_of_the_readme():
