@@ -262,13 +262,15 @@ def judge_planner(run):
 
 
 def write_row(path, row):
-    """Append to a CSV, which gets a new header where its columns have changed."""
+    """Append to a CSV, which is written anew where its columns have changed."""
     with runtime.one_line_errors(OSError):
         rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        with open(path, "w", newline="") as file:
+        is_same = bool(rows) and list(rows[0]) == list(row)
+        with open(path, "a" if is_same else "w", newline="") as file:
             writer = csv.DictWriter(file, row, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([*rows, row])
+            if not is_same:
+                writer.writeheader()
+            writer.writerows([row] if is_same else [*rows, row])
 
 
 def plot(rows, path):
