@@ -94,7 +94,8 @@ class Judge:
         back, whom = own.kneighbors(self.real, n_neighbors=min(10, len(mine)))
         out = dict(judge_acc=right.mean(), lo=lo, hi=hi, worst_class=min(per_class.values()),
                    frechet=frechet(mine, self.real), precision=(near <= self.radius[which]).any(1).mean(),
-                   recall=(back <= reach[whom]).any(1).mean(), entropy=entropy(tokens, self.meta["vocab"]),
+                   recall=(back <= reach[whom]).any(1).mean(), entropy=entropy(tokens),
+                   class_entropy=np.mean([entropy(tokens[labels == c]) for c in per_class]),
                    distinct=len(np.unique(tokens, axis=0)) / len(tokens),
                    duplicates=np.mean([row.tobytes() in self.seen for row in tokens]))
         return {k: round(float(v), 4) for k, v in out.items()}, per_class
@@ -107,7 +108,7 @@ def frechet(a, b):
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * np.sqrt(values).sum()
 
 
-def entropy(tokens, vocab):
+def entropy(tokens):
     """Bits per token of independent positions: how varied sequences (n, N) are."""
     p = np.stack([(tokens == v).mean(0) for v in np.unique(tokens)])
     return -(p * np.log2(np.where(p > 0, p, 1))).sum(0).mean()
@@ -176,7 +177,7 @@ def evaluate(run, name, nfe, seed, flags, bits):
         write_images(run, f"{name}_{nfe}", tokens, flags)
     row = dict(run=run.folder, it=run.it, train_seed=run.cfg["seed"], sampler=name, steps=n_steps, nfe=round(calls, 2),
                guidance=flags.guidance, s_per_sample=round(seconds, 4), n=flags.n_samples, seed=seed)
-    row |= run.judge.scores(tokens, labels)[0] if run.is_judged else {"entropy": entropy(tokens, run.meta["vocab"])}
+    row |= run.judge.scores(tokens, labels)[0] if run.is_judged else {"entropy": entropy(tokens)}
     return row | dict(bits_per_token=round(bits[0], 4), bits_se=round(bits[1], 4), commit=runtime.commit(),
                       device=runtime.device_name(run.device))
 
@@ -348,7 +349,8 @@ def describe(row, per_class, meta):
         worst = f" {meta['class_names'][min(per_class, key=per_class.get)]}"
     return (f"judge accuracy {row['judge_acc']:.1%} ({row['lo']:.1%} to {row['hi']:.1%}), worst class{worst} "
             f"{row['worst_class']:.1%}, Frechet {row['frechet']:.3f}, precision {row['precision']:.3f}, "
-            f"recall {row['recall']:.3f}, entropy {row['entropy']:.3f} bits, distinct {row['distinct']:.1%}, "
+            f"recall {row['recall']:.3f}, entropy {row['entropy']:.3f} bits, {row['class_entropy']:.3f} within a class, "
+            f"distinct {row['distinct']:.1%}, "
             f"in the training set {row['duplicates']:.1%}")
 
 

@@ -41,7 +41,7 @@ def test_frechet_distance_of_known_gaussians():
 
 def test_entropy_of_positions():
     tokens = np.stack([np.arange(800) % 8, np.arange(800) % 2, np.zeros(800, int), np.arange(800) % 4], 1)
-    assert evaluate.entropy(tokens, 8) == pytest.approx((3 + 1 + 0 + 2) / 4)
+    assert evaluate.entropy(tokens) == pytest.approx((3 + 1 + 0 + 2) / 4)
 
 
 def test_calibration_error():
@@ -61,7 +61,8 @@ def test_scores_of_real_and_of_ruined_digits(judge):
     assert real["duplicates"] == 0 and real["distinct"] == 1 and real["frechet"] < 0.3
     x, y = splits["val"].rows(np.arange(180))
     one, _ = judge.scores(np.repeat(x[:1], 180, 0), y)
-    assert one["recall"] < 0.2 and one["frechet"] > 3 * real["frechet"] and one["entropy"] == 0
+    assert one["recall"] < 0.2 and one["frechet"] > 3 * real["frechet"] and one["entropy"] == one["class_entropy"] == 0
+    assert 0.5 * real["entropy"] < real["class_entropy"] < 0.9 * real["entropy"]
     assert one["distinct"] == pytest.approx(1 / 180, abs=1e-4)
     assert judge.scores(x, (y + 1) % 10)[0]["judge_acc"] < 0.02
     noise, _ = judge.scores(np.random.default_rng(0).integers(17, size=x.shape), y)
