@@ -349,7 +349,7 @@ def describe(row, per_class, meta):
         worst = f" {meta['class_names'][min(per_class, key=per_class.get)]}"
     return (f"judge accuracy {row['judge_acc']:.1%} ({row['lo']:.1%} to {row['hi']:.1%}), worst class{worst} "
             f"{row['worst_class']:.1%}, Frechet {row['frechet']:.3f}, precision {row['precision']:.3f}, "
-            f"recall {row['recall']:.3f}, entropy {row['entropy']:.3f} bits, {row['class_entropy']:.3f} within a class, "
+            f"recall {row['recall']:.3f}, entropy {row['entropy']:.3f} bits ({row['class_entropy']:.3f} in a class), "
             f"distinct {row['distinct']:.1%}, "
             f"in the training set {row['duplicates']:.1%}")
 
