@@ -17,9 +17,13 @@ class Config:
 
     One process, or as many as torchrun starts. The same command again goes on where the run stopped.
     """
-    method: Literal["ddpd"] = "ddpd"        # training method: planned denoising, arXiv:2410.06264
+    method: Literal["ddpd", "gidd"] = "ddpd"    # ddpd: planned denoising, arXiv:2410.06264; gidd: arXiv:2503.04482
     nets: Literal["pair", "single"] = "pair"    # planner and denoiser, or one uniform denoiser that serves as both
     denoiser_process: Literal["mask", "uniform"] = "mask"   # what the denoiser's noise tokens look like
+
+    p_uniform: float = 0.1                  # gidd: share of uniform noise at t = 1/2, the rest is masks; 0: masks only
+    gidd_weight: Literal["dynamic", "clip", "elbo"] = "dynamic"     # gidd: weight of a token's loss
+    clean_share: float = 1.0                # gidd: share of clean tokens that enter the loss, weighted up
 
     data: str = "digits"                    # one of sources/, or a folder under data/
     image_size: int = 32                    # tokens per side, where a source makes them
@@ -65,8 +69,10 @@ class Config:
     wandb_mode: Literal["auto", "online", "offline"] = "auto"   # auto: offline where there is no key or no network
 
     # A run goes on only with these unchanged; all others may change from one start to the next.
-    FIXED: typing.ClassVar = ("method", "nets", "denoiser_process", "data", "image_size", "levels", "n_layer", "n_head",
-                              "n_embd", "base_width", "base_head_dim", "batch_size", "overfit", "overfit_noise", "seed")
+    FIXED: typing.ClassVar = tuple("""
+        method nets denoiser_process p_uniform data image_size levels n_layer n_head n_embd base_width base_head_dim
+        batch_size overfit overfit_noise seed
+    """.split())
 
     @property
     def decay_iters(self):
@@ -79,6 +85,8 @@ class Config:
 
 def kind_of(config):
     """The name under which samplers.FITS lists what a run's networks can do.  config: a Config's dict"""
+    if config["method"] == "gidd":
+        return "gidd"
     return "single" if config["nets"] == "single" else {"mask": "maskd", "uniform": "unid"}[config["denoiser_process"]]
 
 
@@ -171,6 +179,8 @@ def check(cfg):
     for name in ["label_dropout", "ema_decay"]:
         if not 0 <= getattr(cfg, name) <= 1:
             raise SystemExit(f"{name} is {getattr(cfg, name)}; it must lie in [0, 1]")
+    if not 0 <= cfg.p_uniform < 1 or not 0 < cfg.clean_share <= 1:
+        raise SystemExit(f"p_uniform {cfg.p_uniform} must lie in [0, 1), clean_share {cfg.clean_share} in (0, 1]")
     if bool(cfg.vocab) != bool(cfg.grid) or min(cfg.grid, default=1) < 1 or (cfg.n_classes and not cfg.vocab):
         raise SystemExit(f"vocab {cfg.vocab}, grid {cfg.grid} and n_classes {cfg.n_classes} are stated together: "
                          "ids, tokens per axis, classes")

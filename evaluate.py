@@ -12,7 +12,7 @@ import config
 class Flags:
     """One table over runs, samplers and NFE. Adds rows to RUN/evaluate.csv; plots in the first run's folder."""
     runs: tuple[str, ...]                   # folders of runs
-    samplers: tuple[str, ...] = ("ddpd",)   # ddpd, ancestral, confidence, random, remdm
+    samplers: tuple[str, ...] = ()          # ddpd, ancestral, confidence, random, remdm; (): a run's first of these
     nfe: tuple[int, ...] = (64,)            # network calls per sample; planner and denoiser both count
     n_samples: int = 500                    # samples per row, classes in turn
     seeds: tuple[int, ...] = (0,)           # of the sampling noise; one row each
@@ -120,7 +120,7 @@ class Run:
     def __init__(self, folder, device):
         self.folder, self.device, state = folder, device, runtime.load_run(folder)
         self.meta, self.cfg, self.it = state["meta"], state["config"], state["it"]
-        self.kind = config.kind_of(self.cfg)
+        self.kind, self.p_uniform = config.kind_of(self.cfg), self.cfg.get("p_uniform", 0.0)
         self.nets = model.from_checkpoint(state, self.kind, device)
         self.splits = data.load(self.cfg["data"], self.cfg["image_size"], self.cfg["levels"])[1]
         self.is_judged = self.meta["n_classes"] > 0 and self.meta["palette"] == "grey"
@@ -136,8 +136,8 @@ class Run:
         x0, label = self.val(-(-N_BITS // len(self.splits["val"])) * len(self.splits["val"]))
         with runtime.autocast(self.device, self.cfg["dtype"]):
             bounds = objectives.bits_per_token(self.nets, self.kind, x0, label, self.meta["vocab"],
-                                               runtime.generator(0))
-        return bounds.get("masked") or bounds["renoise"]
+                                               runtime.generator(0), self.p_uniform)
+        return next(iter(bounds.values()))
 
     def draw(self, sampler, options, labels, seed, batch_size):
         """-> tokens (n, N), mean NFE, seconds per sample"""
@@ -146,7 +146,7 @@ class Run:
         for label in tqdm(torch.as_tensor(labels).split(batch_size), unit="batch", leave=False):
             with runtime.autocast(self.device, self.cfg["dtype"]):
                 steps = samplers.run(sampler, self.kind, self.nets, label.to(self.device), meta=self.meta,
-                                     generator=rng, **options)
+                                     generator=rng, p_uniform=self.p_uniform, **options)
                 final = samplers.last(steps)
             parts.append(final.x.cpu().numpy())
             calls.append(final.nfe.float().cpu())
@@ -312,7 +312,8 @@ def main(flags):
         run = Run(folder, device)
         if (flags.guidance, flags.planner_guidance) != (1, 1) and not run.cfg["label_dropout"]:
             raise SystemExit(f"{folder} was trained without label dropout: there is nothing to guide away from")
-        for name in flags.samplers:
+        names = flags.samplers or samplers.FITS[run.kind][:1]
+        for name in names:
             with runtime.one_line_errors(ValueError):
                 if len(flags.runs) == 1:
                     samplers.check_fit(run.kind, VARIANTS[name][0])
@@ -322,9 +323,9 @@ def main(flags):
         if run.is_judged:
             real, per_class = run.judge.val
             print("  held-out real data: " + describe(real, per_class, run.meta))
-        if flags.planner:
+        if flags.planner and run.kind != "gidd":
             judge_planner(run)
-        for name in flags.samplers:
+        for name in names:
             if VARIANTS[name][0] not in samplers.FITS[run.kind]:
                 rows.append(dict(run=folder, sampler=name, nfe="n/a", judge_acc="n/a"))
                 print(f"  {name}: n/a for a {run.kind} run")

@@ -175,6 +175,37 @@ def map_logits(net, hidden, fn, *per_token, chunk=None):
     return torch.cat([checkpoint(part, *row, use_reentrant=False, preserve_rng_state=False) for row in rows])
 
 
+class Summed(torch.autograd.Function):
+    """A sum over tokens whose gradient is formed chunk by chunk in the forward pass: logits are made once."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, net, fn, per_token, chunk):
+        total, grads_h, grad_w = hidden.new_zeros((), dtype=torch.float32), [], torch.zeros_like(weight)
+        for h, *rest in zip(*[y.split(chunk) for y in (hidden, *per_token)], strict=True):
+            h = h.detach().requires_grad_()
+            with torch.enable_grad():
+                part = fn(net.logits(h).float(), *rest).sum()
+                grad_h, one = torch.autograd.grad(part, [h, weight])
+            total += part.detach()
+            grads_h.append(grad_h)
+            grad_w += one
+        ctx.save_for_backward(torch.cat(grads_h), grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grad_h, grad_w = ctx.saved_tensors
+        return upstream * grad_h, upstream * grad_w, None, None, None, None
+
+
+def sum_logits(net, hidden, fn, *per_token, chunk=None):
+    """map_logits(...).sum() for training: one pass over the chunks instead of two.  -> ()"""
+    chunk = chunk or max(1, LOGITS_PER_CHUNK // net.readout.out_features)
+    if len(hidden) <= chunk or not torch.is_grad_enabled():
+        return map_logits(net, hidden, fn, *per_token, chunk=chunk).sum()
+    return Summed.apply(hidden, net.readout.weight, net, fn, per_token, chunk)
+
+
 def role(name):
     """What muP calls a parameter: "matrix" (both sides grow with width), "embedding" (one side) or "readout"."""
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
@@ -230,10 +261,10 @@ def costs(shape, kind, batch_size, device, context):
     rate = 3 * forward * b / min(run(b)[1] for _ in range(3))
     flops, logits = len(nets) * depth * 3 * forward * batch_size, 0
     for net in nets.values():
-        is_all = net.head == "planner" or kind == "single"              # else noise tokens: half of them on average
+        is_all = net.head == "planner" or kind in ("single", "gidd")     # else noise tokens: half of them on average
         rows = batch_size * n // (1 if is_all else 2)
         chunk = min(rows, max(1, LOGITS_PER_CHUNK // net.readout.out_features))
-        flops += (6 if chunk == rows else 8) * rows * d * net.readout.out_features
+        flops += 6 * rows * d * net.readout.out_features
         logits = max(logits, 3 * 4 * chunk * net.readout.out_features)  # logits, their log-softmax, its gradient
     kept = len(nets) * depth * ((two - one) * batch_size + (2 * one - two))
     bytes_ = {"weights": 4 * n_params, "gradients": 4 * n_params, "optimizer": 8 * n_params, "EMA": 4 * n_params,
@@ -242,7 +273,7 @@ def costs(shape, kind, batch_size, device, context):
 
 
 def names_of(kind):
-    return ("denoiser",) if kind == "single" else ("planner", "denoiser")
+    return ("denoiser",) if kind in ("single", "gidd") else ("planner", "denoiser")
 
 
 def build_one(shape, name, kind, device="cpu"):

@@ -16,7 +16,8 @@ class Flags:
     labels: tuple[int, ...] = ()            # one sample for each; (): one per class up to 10 classes, else 8
     n_steps: int = 64                       # steps; planned denoising calls two networks in each (one: --nets single)
     seed: int = 0                           # of the noise and every draw
-    sampler: Literal["ddpd", "ancestral", "confidence", "remdm"] = "ddpd"   # those after ddpd use the denoiser alone
+    sampler: Literal["", "ddpd", "ancestral", "confidence", "remdm"] = ""   # "": the first that fits
+    correct: int = 0                        # steps of self-correction after the sampler, k tokens in each (gidd runs)
     # Of the sampler. Only flags that are given are passed on; one that the sampler does not have is refused.
     schedule: str = ""                      # ddpd: spread, fixed, one, leap; confidence: arccos, cosine, linear
     k: int = 1                              # sites per step of --schedule fixed, and of --refine
@@ -40,7 +41,7 @@ class Flags:
     decoder: str = ""                       # TorchScript file, tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
 
 
-OWN = ("run", "labels", "n_steps", "seed", "sampler", "known", "n_video", "decoder")    # flags of this script
+OWN = ("run", "labels", "n_steps", "seed", "sampler", "correct", "known", "n_video", "decoder")     # of this script
 
 if __name__ == "__main__":
     flags = config.load(Flags)
@@ -112,35 +113,52 @@ def main(flags):
 
     options = {f.name: getattr(flags, f.name) for f in fields(flags)
                if f.name not in OWN and getattr(flags, f.name) != f.default}
+    sampler, p_uniform = flags.sampler or samplers.FITS[kind][0], state["config"].get("p_uniform", 0.0)
+    stages = [sampler, *["self_correct"] * (flags.correct > 0)]
     for name in options:
-        if name not in samplers.options_of(flags.sampler):
-            raise SystemExit(f"--{name.replace('_', '-')} is no option of sampler {flags.sampler}")
+        if not any(name in samplers.options_of(stage) for stage in stages):
+            raise SystemExit(f"--{name.replace('_', '-')} is no option of sampler {sampler}")
+    with runtime.one_line_errors(ValueError):
+        for stage in stages:
+            samplers.check_fit(kind, stage)
+    if flags.correct and p_uniform == 0:
+        print("warning: a denoiser that never saw uniform noise has nothing to say of tokens that are filled in")
     rng = runtime.generator(flags.seed, device=device)
-    shown, n_shown, began = [], min(flags.n_video, len(labels)), time.perf_counter()
-    label = torch.tensor(labels, device=device)
-    with runtime.one_line_errors(ValueError), runtime.autocast(device, state["config"]["dtype"]):
-        steps = samplers.run(flags.sampler, kind, nets, label, meta=meta, generator=rng,
-                             n_steps=flags.n_steps, given=given, known=known, **options)
-        first = next(steps)                                             # a refusal comes before the bar
-        for s in tqdm(itertools.chain([first], steps), total=flags.n_steps + flags.refine, unit="step"):
-            if n_shown:
-                shown.append([y[:n_shown].unflatten(1, meta["grid"]).cpu().numpy() for y in (s.x, s.p_noise, s.written)]
-                             + [s.nfe[:n_shown].cpu().numpy()])
+    n_shown, began = min(flags.n_video, len(labels)), time.perf_counter()
+    label, nfe, shown, s = torch.tensor(labels, device=device), 0, {}, None
+    grids = lambda y: y[:n_shown].unflatten(1, meta["grid"]).cpu().numpy()  # noqa: E731
+    for stage in stages:
+        own = {k: v for k, v in options.items() if k in samplers.options_of(stage)}
+        if stage == "self_correct":
+            own.pop("temperature", None)                                # it has one of its own
+            given = before = s.x
+        n_steps = flags.correct if stage == "self_correct" else flags.n_steps
+        frames = shown.setdefault("correct" if stage == "self_correct" else "planner", [])
+        with runtime.one_line_errors(ValueError), runtime.autocast(device, state["config"]["dtype"]):
+            steps = samplers.run(stage, kind, nets, label, meta=meta, generator=rng, n_steps=n_steps, given=given,
+                                 known=known, p_uniform=p_uniform, **own)
+            first = next(steps)                                         # a refusal comes before the bar
+            for s in tqdm(itertools.chain([first], steps), total=n_steps + flags.refine, unit="step"):
+                if n_shown:
+                    frames.append([*map(grids, (s.x, s.p_noise, s.written)), s.nfe[:n_shown].cpu().numpy()])
+        nfe = nfe + s.nfe
+        if stage == "self_correct":
+            print(f"self-correction changed {(s.x != before).sum()} of {s.x.numel()} tokens")
     tokens = s.x.view(-1, *meta["grid"]).cpu().numpy()
     seconds = time.perf_counter() - began
-    print(f"{len(labels)} samples, {s.nfe.float().mean():.1f} NFE each, {seconds:.1f} s on {device}")
+    print(f"{len(labels)} samples, {nfe.float().mean():.1f} NFE each, {seconds:.1f} s on {device}")
 
-    folder = Path(flags.run)
-    settings = json.dumps({**asdict(flags), "it": state["it"], "nfe": s.nfe.tolist(), "commit": runtime.commit()})
+    folder, written = Path(flags.run), ["samples.png", "samples.npz"]
+    settings = json.dumps({**asdict(flags), "it": state["it"], "nfe": nfe.tolist(), "commit": runtime.commit()})
     with runtime.one_line_errors(OSError):
         np.savez(folder / "samples.npz", tokens=tokens, labels=np.array(labels), settings=settings)
         render.samples_png(folder / "samples.png", tokens, labels, meta, decoder)
-        written = ["samples.png", "samples.npz"]
-        if n_shown:
-            render.write_video(folder / "planner", render.planner_frames(
-                shown, labels[:n_shown], meta, decoder, known[:n_shown].unflatten(1, meta["grid"]).cpu().numpy()
-                if flags.known else None))
-            written += ["planner.mp4", "planner.gif"]
+        for name, frames in shown.items():
+            if frames:
+                marked = grids(known) if flags.known else None
+                pictures = render.planner_frames(frames, labels[:n_shown], meta, decoder, marked)
+                render.write_video(folder / name, pictures)
+                written += [f"{name}.mp4", f"{name}.gif"]
     print(f"wrote {', '.join(written)} in {folder}")
 
 

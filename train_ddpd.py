@@ -9,6 +9,7 @@ if __name__ == "__main__":
     cfg = config.load()                                                 # before torch: --help and typos answer at once
 
 import copy
+import functools
 import json
 import math
 import sys
@@ -34,16 +35,30 @@ NOISE, EVAL = range(2)  # streams of randomness
 class Losses(nn.Module):
     """All networks behind one forward, so that DDP sees one module.  {name: Task} -> (n_nets,) nats"""
 
-    def __init__(self, nets):
+    def __init__(self, nets, losses):
         super().__init__()
-        self.nets = nn.ModuleDict(nets)
+        self.nets, self.losses = nn.ModuleDict(nets), losses
 
     def forward(self, tasks):
-        return torch.stack([self.one(self.nets[name], objectives.LOSSES[name], task) for name, task in tasks.items()])
+        return torch.stack([self.one(self.nets[name], self.losses[name], task) for name, task in tasks.items()])
 
     def one(self, net, loss, task):
         hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1).index_select(0, task.sites)      # (n, D)
-        return model.map_logits(net, hidden, loss, task.target).sum() / max(1, len(hidden))
+        return model.sum_logits(net, hidden, loss, task.target, *task.more) / max(1, task.n or len(hidden))
+
+
+def losses_of(cfg):
+    """{name of a network: its loss of (logits (n, V), target (n,), ...) -> (n,)}"""
+    if cfg.method == "gidd":
+        return {"denoiser": functools.partial(objectives.gidd_loss, p_uniform=cfg.p_uniform)}
+    return objectives.LOSSES
+
+
+def make_tasks(cfg, x0, t, label, vocab, rng):
+    """What the networks of this config learn from a batch.  -> {name: Task}"""
+    if cfg.method == "gidd":
+        return objectives.gidd(x0, t, label, vocab, rng, cfg.p_uniform, cfg.gidd_weight, cfg.clean_share)
+    return objectives.ddpd(x0, t, label, vocab, rng, cfg.nets, cfg.denoiser_process)
 
 
 def draw_tasks(cfg, meta, split, order, it, g, n_groups):
@@ -58,7 +73,7 @@ def draw_tasks(cfg, meta, split, order, it, g, n_groups):
     if not cfg.overfit:
         label = objectives.drop_labels(label, meta["n_classes"], cfg.label_dropout, rng)
     t = processes.stratified_t(len(x0), rng)
-    return objectives.ddpd(x0, t, label, meta["vocab"], rng, cfg.nets, cfg.denoiser_process)
+    return make_tasks(cfg, x0, t, label, meta["vocab"], rng)
 
 
 def lr_factor(it, cfg):
@@ -79,23 +94,24 @@ def validate(cfg, meta, nets, split, device):
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
     seen = {name: [] for name in nets}                                  # rows of (t, target, loss, verdict)
     for b in torch.arange(n).split(64):
-        tasks = objectives.ddpd(x0[b], t[b], label[b], meta["vocab"], rng, cfg.nets, cfg.denoiser_process)
+        tasks = make_tasks(cfg, x0[b], t[b], label[b], meta["vocab"], rng)
         for name, task in tasks.items():
-            net, loss, at = nets[name], objectives.LOSSES[name], task.t.expand(task.xt.shape).flatten()[task.sites]
+            net, loss, at = nets[name], losses_of(cfg)[name], task.t.expand(task.xt.shape).flatten()[task.sites]
             task = task.to(device)
 
-            def measure(logits, target, loss=loss, name=name):
+            def measure(logits, target, *more, loss=loss, name=name):
                 verdict = logits if name == "planner" else (logits.argmax(-1) == target).float()
-                return torch.stack([loss(logits, target), verdict], -1)
+                return torch.stack([loss(logits, target, *more), verdict], -1)
 
             with runtime.autocast(device, cfg.dtype):
                 hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1).index_select(0, task.sites)
-                rows = model.map_logits(net, hidden, measure, task.target)
+                rows = model.map_logits(net, hidden, measure, task.target, *task.more)
             seen[name].append(torch.cat([at[:, None], task.target.float().cpu()[:, None], rows.float().cpu()], -1))
     out = {}
     for name, rows in seen.items():
         at, target, loss, verdict = torch.cat(rows).double().unbind(-1)
         short, second = ("bce", "auroc") if name == "planner" else ("ce", "accuracy")
+        short = "loss" if cfg.method == "gidd" else short
         groups = [torch.ones_like(at, dtype=torch.bool), *((at * N_BINS).long() == i for i in range(N_BINS))]
         first, other = [], []
         for g in groups:
@@ -108,7 +124,8 @@ def validate(cfg, meta, nets, split, device):
         for metric, values in [(short, first), (second, other)]:
             out[f"val_{name}_{metric}"], out[f"val_{name}_{metric}_bins"] = values[0], values[1:]
     with runtime.autocast(device, cfg.dtype):
-        bounds = objectives.bits_per_token(nets, cfg.kind, x0.to(device), label.to(device), meta["vocab"], rng)
+        bounds = objectives.bits_per_token(nets, cfg.kind, x0.to(device), label.to(device), meta["vocab"], rng,
+                                           cfg.p_uniform)
     for name, (bits, error) in bounds.items():                          # bits per token, standard error
         out[f"val_bits_{name}"], out[f"val_bits_{name}_se"] = round(bits, 5), round(error, 5)
     return out
@@ -120,7 +137,8 @@ def draw_samples(cfg, meta, nets, device, it, log, n_steps=32):
     label = torch.arange(cfg.eval_samples, device=device) % max(1, meta["n_classes"])
     rng, shown = runtime.generator(EVAL, device=device), []
     with runtime.autocast(device, cfg.dtype):
-        for s in samplers.run("ddpd", cfg.kind, nets, label, meta=meta, generator=rng, n_steps=n_steps):
+        for s in samplers.run(samplers.FITS[cfg.kind][0], cfg.kind, nets, label, meta=meta, generator=rng,
+                              n_steps=n_steps, p_uniform=cfg.p_uniform):
             if log.wandb:
                 shown.append([y.unflatten(1, meta["grid"]).cpu().numpy() for y in s[:3]] + [s.nfe.cpu().numpy()])
     folder = Path(cfg.out_dir)
@@ -232,7 +250,7 @@ def say_what(cfg, meta, train, nets, world):
                        planner_floor=processes.planner_floor(meta["vocab"]))
         print(f"planner BCE: {processes.BLIND:.4f} nats blind, {processes.LEVEL_ONLY:.4f} reading only the level, "
               f"{floors['planner_floor']:.4f} at best (tokens redrawn as themselves)")
-    if 0 < cfg.overfit <= 64 and cfg.overfit_noise == "fresh":
+    if 0 < cfg.overfit <= 64 and cfg.overfit_noise == "fresh" and cfg.method == "ddpd":
         x0, label = (torch.from_numpy(y) for y in train.rows(np.arange(min(cfg.overfit, len(train)))))
         by_heart = objectives.floors(x0, label, meta["vocab"], cfg.nets, cfg.denoiser_process, runtime.generator(EVAL))
         floors |= {f"{k}_by_heart": v for k, v in by_heart.items()}
@@ -280,7 +298,7 @@ def main(cfg):
                 group["weight_decay"] = decay                           # today's flag, not the checkpoint's
     elif cfg.init_from:
         start_from(cfg, shape, nets, ema)
-    learner = Losses(nets)
+    learner = Losses(nets, losses_of(cfg))
     if cfg.compile:
         for net in nets.values():
             net.hidden = torch.compile(net.hidden)

@@ -16,11 +16,15 @@ class Task(NamedTuple):
     label: torch.Tensor     # (B,) int64
     sites: torch.Tensor     # (n,) int64 into the flattened (B * N)
     target: torch.Tensor    # (n,) is_noise (float) for a planner, x0 (int64) for a denoiser
+    more: tuple = ()        # what else its loss reads, each (n,)
+    n: int = 0              # losses are summed and divided by this; 0: by the number of sites
 
     def to(self, device):
         if device.type != "cuda":
             return self
-        return Task(*[y.pin_memory().to(device, non_blocking=True) for y in self])
+        host = [*self[:5], *self.more]
+        moved = [y.pin_memory().to(device, non_blocking=True) for y in host]
+        return Task(*moved[:5], tuple(moved[5:]), self.n)
 
 
 def planner_task(x0, t, label, vocab, generator):
@@ -44,6 +48,21 @@ def ddpd(x0, t, label, vocab, generator, nets, denoiser_process):
             "denoiser": denoiser_task(x0, t, label, vocab, generator, denoiser_process)}
 
 
+def gidd(x0, t, label, vocab, generator, p_uniform, weight, clean_share=1.0):
+    """GIDD (arXiv:2503.04482): one denoiser on hybrid noise, all tokens by the bound's loss.  -> {name: Task}
+
+    weight: kind of gidd_weight; clean_share of the clean tokens enter, weighted up: the same on average, a cheaper head
+    """
+    xt, _ = corrupt(x0, t, "hybrid", vocab, generator, p_uniform)
+    level = t.expand(x0.shape)
+    is_in = xt == vocab if p_uniform == 0 else (xt != x0) | (torch.rand(x0.shape, generator=generator) < clean_share)
+    sites = is_in.flatten().nonzero()[:, 0]
+    target, z, at = (y.flatten()[sites] for y in (x0, xt, level))
+    w = gidd_weight(target, z, at, vocab, p_uniform, weight)
+    w = torch.where(z == target, w / clean_share, w)
+    return {"denoiser": Task(xt, t, label, sites, target, (z, at, w), x0.numel())}
+
+
 def drop_labels(label, null_label, share, generator):
     """Replace a share of labels by the null class, for classifier-free guidance (arXiv:2207.12598).  (B,) -> (B,)"""
     return torch.where(torch.rand(label.shape, generator=generator) < share, null_label, label)
@@ -57,6 +76,65 @@ def planner_loss(logits, is_noise):
 def denoiser_loss(logits, x0):
     """Cross-entropy, nats.  (n, V), (n,) -> (n,)"""
     return F.cross_entropy(logits, x0, reduction="none")
+
+
+class GiddLoss(torch.autograd.Function):
+    """KL(q_t(.|x0) || q_t(.|p)) + IS(q_t(z|x0) || q_t(z|p)) of each row, times a weight; arXiv:2503.04482, eq. 14.
+
+    logits (n, V) of the others-prediction p, z (n,) in [0, V], t and weight (n,)  ->  (n,) nats. The gradient is formed
+    in the forward pass: two sums over a row (its logsumexp, then S) and what stands at x0 and z make both.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, x0, z, t, weight, p_uniform):
+        vocab = logits.shape[1]
+        c = 2 * p_uniform / (1 - p_uniform) * (t * (1 - t)).sqrt()
+        a, b, total = 1 - t, c / vocab, 1 + c
+        ratio = a / b.clamp_min(torch.finfo(logits.dtype).tiny)         # a / b
+        probs = logits.softmax(-1)                                      # (n, V)
+        at = torch.stack([x0, z.clamp_max(vocab - 1)], 1)               # (n, 2)
+        px, pz = probs.gather(1, at).unbind(1)
+        is_mask, is_clean = z == vocab, z == x0
+        slope = 1 / (1 + ratio[:, None] * probs)                        # (n, V): b / (a p + b)
+        s = -slope.log().sum(-1)                                        # sum_j log(1 + a p_j / b)
+        kl = ((a + b) * ratio.log1p() - a * (ratio * px).log1p() - b * s) / total
+        r = torch.where(is_clean, 1 + ratio, 1.0) / (1 + ratio * pz)    # q_t(z | x0) / q_t(z | p)
+        mismatch = torch.where(is_mask, 0.0, r - r.log() - 1)
+        if ctx.needs_input_grad[0]:
+            h = slope.mul_((-weight * b / total * ratio)[:, None])      # (n, V) dL/dp, in place
+            g = ratio[:, None] / (1 + ratio[:, None] * torch.stack([px, pz], 1))
+            own = torch.stack([-weight * a / total, torch.where(is_mask, 0.0, weight * (1 - r))], 1)
+            h.scatter_add_(1, at, own * g)
+            ctx.save_for_backward(probs.mul_(h.sub_((probs * h).sum(-1, keepdim=True))))
+        return weight * (kl + mismatch)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0] * upstream[:, None], None, None, None, None, None
+
+
+def gidd_weight(x0, z, t, vocab, p_uniform, kind):
+    """Weight of each token's loss: "elbo" as the bound has it, "clip" that but at most 1, or "dynamic".  (n,) -> (n,)
+
+    dynamic: mask 2, other token 1, clean token r / (1 + r), r = (B / V) sqrt(t / (1 - t))
+    """
+    is_mask, is_clean = z == vocab, z == x0
+    strength = 2 * p_uniform / (1 - p_uniform)
+    if kind == "dynamic":
+        r = strength / vocab * (t / (1 - t)).sqrt()
+        return torch.where(is_mask, 2.0, torch.where(is_clean, r / (1 + r), 1.0))
+    b = strength * (t * (1 - t)).sqrt() / vocab
+    odds = 1 / (t * (1 - t))
+    weight = torch.where(is_mask, odds, torch.where(is_clean, odds / 2 * b / (1 - t + b), odds / 2))
+    return weight.clamp_max(1.0) if kind == "clip" else weight
+
+
+def gidd_loss(logits, x0, z, t, weight, p_uniform):
+    """The loss above; without uniform noise weight (1 - t) CE at masks and nothing elsewhere.  -> (n,)"""
+    if p_uniform == 0:
+        ce = F.cross_entropy(logits, x0, reduction="none")
+        return torch.where(z == logits.shape[1], weight * (1 - t) * ce, 0.0)
+    return GiddLoss.apply(logits, x0, z, t, weight, p_uniform)
 
 
 def floors(x0, label, vocab, nets, denoiser_process, generator, n_rows=2048):
@@ -127,7 +205,7 @@ def renoise_bound(p, q, x, x0, t):
 
 
 @torch.no_grad()
-def bits_per_token(nets, kind, x0, label, vocab, generator, most=2**24):
+def bits_per_token(nets, kind, x0, label, vocab, generator, p_uniform=0.1, most=2**24):
     """Upper bounds on -log2 p(x0) / N, one level for each sequence: t = u^2, u stratified on (0, 1), weight 2u.
 
     nets {name: net}, kind as in samplers.FITS, x0 (n, N), label (n,)  ->  {bound: (bits per token, standard error)}
@@ -138,10 +216,15 @@ def bits_per_token(nets, kind, x0, label, vocab, generator, most=2**24):
     t, rows = (u**2).clamp(1e-8, 1 - 1e-8), {}
     for i in torch.arange(n).split(max(1, most // (n_tokens * vocab))):
         x0_, label_, t_ = x0[order[i]], label[order[i]], t[i]
-        host = corrupt(x0_.cpu(), t_.cpu(), "mask" if kind == "maskd" else "uniform", vocab, generator)[0]
-        x = host.to(x0.device)
-        q = nets["denoiser"](x, t_.float(), label_).double().softmax(-1)
-        if kind == "maskd":
+        process = {"maskd": "mask", "gidd": "hybrid"}.get(kind, "uniform")
+        x = corrupt(x0_.cpu(), t_.cpu(), process, vocab, generator, p_uniform)[0].to(x0.device)
+        logits = nets["denoiser"](x, t_.float(), label_).double()
+        q = logits.softmax(-1)
+        if kind == "gidd":
+            target, z, at = (y.flatten() for y in (x0_, x, t_.expand(x.shape)))
+            weight = gidd_weight(target, z, at, vocab, p_uniform, "elbo")
+            seen = {"gidd": gidd_loss(logits.flatten(0, 1), target, z, at, weight, p_uniform).view(x.shape).sum(1)}
+        elif kind == "maskd":
             seen = {"masked": masked_bound(q, x, x0_, t_)}
         else:
             if kind == "single":

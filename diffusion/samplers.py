@@ -15,6 +15,7 @@ FITS = {                                                # what each kind of run 
     "maskd": ("ddpd", "ancestral", "confidence", "remdm"),  # planner + mask denoiser; ddpd alone uses the planner
     "unid": ("ddpd", "ancestral"),                      # planner + uniform denoiser
     "single": ("ddpd", "ancestral"),                    # one uniform denoiser, its own planner
+    "gidd": ("ancestral", "self_correct"),              # one denoiser of hybrid noise, which can mend what is finished
 }
 T_MIN, T_MAX = 1e-4, 1 - 1e-4   # the noise levels that networks are trained at
 
@@ -351,13 +352,55 @@ def remdm(denoiser, x, label, *, n_steps, generator, remask="confidence", eta=0.
         yield State(x.clone(), masked.float(), uncovers | again, level[:, 0], nfe)
 
 
+@torch.no_grad()
+def self_correct(denoiser, x, label, *, n_steps, generator, k=1, t=0.01, temperature=0.1, patience=16, p_uniform=0.1,
+                 known=None, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0, guidance_ramp=False, null_label=None,
+                 vocab=None):
+    """Mend finished sequences with a denoiser that distrusts tokens (arXiv:2503.04482, section 5).  -> yields State
+
+    x (B, N) without masks. Each step draws every token anew at level t, and writes the k draws that differ and are
+    likeliest. A sequence is done when no draw differs, or its self-accuracy, the share of tokens that are the likeliest
+    in their place, has not risen for `patience` steps.
+    """
+    how = How(temperature, top_k, top_p, min_p, guidance, guidance_ramp, null_label)
+    check(how, n_steps=(n_steps, 1), k=(k, 1), patience=(patience, 1))
+    x, free, nfe = x.clone(), free_of(x, known), torch.zeros_like(label)
+    p_noise = torch.zeros(x.shape, device=x.device)
+    best, since = torch.full((len(x),), -1.0, device=x.device), torch.zeros_like(label)
+    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for _ in range(n_steps):
+        rows = (~done).nonzero()[:, 0]
+        level = torch.full((len(rows), 1), t, device=x.device)
+        logits, calls = guided(denoiser, x[rows], level, label[rows], None, *how[-3:])
+        nfe[rows] += calls
+        vocab = logits.shape[-1]
+        p_at_x = logits.float().softmax(-1).gather(-1, x[rows][..., None])[..., 0]
+        p_noise[rows] = noise_of(p_at_x, x[rows], level, "hybrid", vocab, p_uniform) * free[rows]
+        accuracy = ((logits.argmax(-1) == x[rows]) | ~free[rows]).float().mean(1)
+        rises = accuracy > best[rows]
+        best[rows], since[rows] = best[rows].maximum(accuracy), torch.where(rises, 0, since[rows] + 1)
+        probs = sharpen(logits.float(), *how[:4])
+        new = draw(probs, generator)                                                            # (b, N)
+        differs = (new != x[rows]) & free[rows]
+        sure = torch.where(differs, probs.gather(-1, new[..., None])[..., 0].double(), -1.0)
+        stops = ~differs.any(1) | (since[rows] >= patience)
+        where = top(sure, torch.full_like(label[rows], k)) & differs & ~stops[:, None]
+        written = torch.zeros_like(free)
+        written[rows] = where
+        x[rows] = torch.where(where, new, x[rows])
+        done[rows] = stops
+        yield State(x.clone(), p_noise.clone(), written, torch.full((len(x),), t, device=x.device), nfe.clone())
+        if done.all():
+            return
+
+
 def options_of(sampler):
     """Names of a sampler's arguments that a user may set."""
     return inspect.signature(globals()[sampler]).parameters.keys()
 
 
-def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, **options):
-    """Sample a run's nets from pure noise, but for tokens given (B, N) where known (B, N).
+def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, p_uniform=0.1, **options):
+    """Sample a run's nets from pure noise, but for tokens given (B, N) where known (B, N); self_correct mends `given`.
 
     sampler: a name in FITS[kind], kind: key of FITS; label (B,); meta: the data's  ->  yields State
     """
@@ -368,13 +411,18 @@ def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, 
         x = torch.randint(vocab, shape, generator=generator, device=label.device)
     else:
         x = torch.full(shape, vocab, device=label.device)
-    if known is not None:
+    if sampler == "self_correct":
+        x = given
+    elif known is not None:
         x = torch.where(known, given, x)
-    denoiser, process = nets["denoiser"], "mask" if kind == "maskd" else "uniform"
+    denoiser, process = nets["denoiser"], {"maskd": "mask", "gidd": "hybrid"}.get(kind, "uniform")
+    if kind == "gidd":
+        options |= dict(p_uniform=p_uniform)
     if sampler == "ddpd":
         yield from ddpd(nets.get("planner"), denoiser, x, label, denoiser_process=process, **options)
     elif sampler == "ancestral":
         learnt = "self" if kind == "single" else "others"
         yield from ancestral(denoiser, x, label, process=process, kind=learnt, **options)
     else:
-        yield from {"confidence": confidence, "remdm": remdm}[sampler](denoiser, x, label, **options)
+        chosen = {"confidence": confidence, "remdm": remdm, "self_correct": self_correct}[sampler]
+        yield from chosen(denoiser, x, label, **options)
