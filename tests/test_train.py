@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, TINY, script
 
 import config
+import costs
 import data
 import model
 import runtime
@@ -198,7 +199,7 @@ def test_the_dry_runs_activations_are_those_of_a_step():
     """Bytes that autograd keeps in a whole forward pass, but for weights and the head, against the estimate."""
     cfg = tiny("bytes", "--n-embd", 64, "--n-layer", 3, "--vocab", 50, "--grid", 12, 12)
     shape = model.shape_of(vars(cfg), train_ddpd.stated_meta(cfg))
-    _, size, _, _ = model.costs(
+    _, size, _, _ = costs.of_step(
         shape, "maskd", 4, torch.device("cpu"), runtime.autocast(torch.device("cpu"), "float32")
     )
     kept, nets = {}, model.build(shape, "maskd")
