@@ -28,6 +28,7 @@ class Make:
     file: str = ""          # the source's one file, where it needs one
     image_size: int = 0     # tokens per side, where the source makes tokens; 0: its own
     levels: int = 0         # grey levels, where the source makes tokens; 0: its own
+    length: int = 0         # bytes per sequence, where the source is text; 0: its own
     vocab: int = 0          # ids, where the source's file holds tokens; 0: the largest and those below
     tokenizer: str = ""     # whose tokens they are: warns of ids that it never writes
 
@@ -51,6 +52,10 @@ class Split:
 
     def __len__(self):
         return len(self.labels)
+
+    def some(self, n):
+        """n sequences spread over the split, again from the first where it has fewer.  -> as rows()"""
+        return self.rows(np.arange(n) * max(1, len(self) // n) % len(self))
 
     def rows(self, index):
         """Sequences and labels by index, checked.  index (B,) -> tokens (B, N) int64, labels (B,) int64"""
@@ -182,6 +187,8 @@ def make(source, folder, how):
         except OSError:                                                 # another run was first
             if not (folder / "meta.json").exists():
                 raise SystemExit(f"{folder} is in the way and holds no data: remove it") from None
+            print(f"{folder} was made meanwhile and is kept")
+            return
     print(f"made {folder}: " + ", ".join(f"{writer.n} {split}" for split, writer in writers.items())
           + f" sequences of {' x '.join(map(str, meta['grid']))} tokens, vocabulary {meta['vocab']}")
 
@@ -212,4 +219,7 @@ if __name__ == "__main__":
     if "/" in how.name or how.name.startswith("."):
         raise SystemExit(f"--name {how.name} is not a plain folder name")
     source = import_source(how.source)
-    make(source, ROOT / (how.name or source.folder_name(how)), how)
+    folder = ROOT / (how.name or source.folder_name(how))
+    if (folder / "meta.json").exists():
+        raise SystemExit(f"{folder} is there already: remove it first, or choose another --name")
+    make(source, folder, how)

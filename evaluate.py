@@ -23,13 +23,14 @@ class Flags:
     planner_guidance: float = 1.0           # of the planner
     guidance_ramp: bool = False             # let both grow from 1 with the share of noise gone
     planner: bool = False                   # judge the planner too: RUN/reliability.png
-    decoder: str = ""                       # TorchScript, tokens -> images: writes RUN/SAMPLER_NFE.npz for image suites
+    decoder: str = ""                       # TorchScript, tokens -> images: writes RUN/SAMPLER_NFE_*.npz
 
 
 if __name__ == "__main__":
     flags = config.load(Flags)
 
 import csv
+import math
 import time
 from pathlib import Path
 
@@ -47,11 +48,12 @@ N_REAL = 10_000         # real sequences that judge, Frechet distance and neighb
 N_PCA, K_NEAREST = 64, 3
 N_BINS, N_CALIBRATION = 10, 15
 N_BITS = 2048           # sequences behind bits per token, at least
+MOST = 2**27            # logits at once: samplers hold about six numbers for each
 VARIANTS = {            # name here: (sampler, its options)
     "ddpd": ("ddpd", {}),
     "ancestral": ("ancestral", {}),
     "confidence": ("confidence", {}),
-    "random": ("confidence", dict(order="random", temperature_end=0.6)),
+    "random": ("confidence", dict(order="random", temperature_end=0.6)),        # of the temperature at the start
     "remdm": ("remdm", {}),
 }
 
@@ -65,15 +67,17 @@ class Judge:
         from sklearn.svm import SVC
 
         self.meta = meta
-        rows = {name: s.rows(np.arange(min(N_REAL, len(s)))) for name, s in splits.items()}
-        self.tokens, labels = rows["train"]
-        x = self.features(self.tokens)
+        rows = {name: s.some(min(N_REAL, len(s))) for name, s in splits.items()}
+        tokens, labels = rows["train"]
+        x = self.features(tokens)
         self.svc = SVC(C=10.0).fit(x, labels)
         self.pca = PCA(min(N_PCA, *x.shape), random_state=0).fit(x)
         self.real = self.pca.transform(x)
         self.nearest = NearestNeighbors(n_neighbors=K_NEAREST + 1).fit(self.real)
         self.radius = self.nearest.kneighbors(self.real)[0][:, -1]
-        self.seen = {row.tobytes() for row in self.tokens}
+        whole = np.arange(len(splits["train"]))
+        self.seen = {hash(row.tobytes()) for i in np.array_split(whole, -(-len(whole) // N_REAL))
+                     for row in splits["train"].rows(i)[0]}
         self.val = self.scores(*rows["val"])
 
     def features(self, tokens):
@@ -97,7 +101,7 @@ class Judge:
                    recall=(back <= reach[whom]).any(1).mean(), entropy=entropy(tokens),
                    class_entropy=np.mean([entropy(tokens[labels == c]) for c in per_class]),
                    distinct=len(np.unique(tokens, axis=0)) / len(tokens),
-                   duplicates=np.mean([row.tobytes() in self.seen for row in tokens]))
+                   duplicates=np.mean([hash(row.tobytes()) in self.seen for row in tokens]))
         return {k: round(float(v), 4) for k, v in out.items()}, per_class
 
 
@@ -110,8 +114,8 @@ def frechet(a, b):
 
 def entropy(tokens):
     """Bits per token of independent positions: how varied sequences (n, N) are."""
-    p = np.stack([(tokens == v).mean(0) for v in np.unique(tokens)])
-    return -(p * np.log2(np.where(p > 0, p, 1))).sum(0).mean()
+    shares = [np.unique(column, return_counts=True)[1] / len(tokens) for column in tokens.T]
+    return np.mean([-(p * np.log2(p)).sum() for p in shares])
 
 
 class Run:
@@ -123,13 +127,17 @@ class Run:
         self.kind, self.p_uniform = config.kind_of(self.cfg), self.cfg.get("p_uniform", 0.0)
         self.nets = model.from_checkpoint(state, self.kind, device)
         self.splits = data.load(self.cfg["data"], self.cfg["image_size"], self.cfg["levels"])[1]
-        self.is_judged = self.meta["n_classes"] > 0 and self.meta["palette"] == "grey"
+        self.is_judged = self.meta["n_classes"] > 1 and self.meta["palette"] == "grey"
         self.judge = Judge(self.meta, self.splits) if self.is_judged else None
 
     def val(self, n):
         """n held-out sequences, again from the first where there are fewer.  -> x0 (n, N), label (n,)"""
-        x0, label = self.splits["val"].rows(np.arange(n) % len(self.splits["val"]))
+        x0, label = self.splits["val"].some(n)
         return torch.from_numpy(x0).to(self.device), torch.from_numpy(label).to(self.device)
+
+    def at_once(self, most):
+        """Sequences whose logits are together no more numbers than `most`."""
+        return max(1, most // (math.prod(self.meta["grid"]) * self.meta["vocab"]))
 
     def bits(self):
         """Bits per token of held-out data by the bound that is tight for exact networks, and its standard error."""
@@ -142,6 +150,7 @@ class Run:
     def draw(self, sampler, options, labels, seed, batch_size):
         """-> tokens (n, N), mean NFE, seconds per sample"""
         rng, parts, calls = runtime.generator(seed, device=self.device), [], []
+        batch_size = min(batch_size, self.at_once(MOST))
         began = time.perf_counter()
         for label in tqdm(torch.as_tensor(labels).split(batch_size), unit="batch", leave=False):
             with runtime.autocast(self.device, self.cfg["dtype"]):
@@ -162,19 +171,21 @@ def n_steps_of(name, kind, nfe, flags):
     return nfe // calls
 
 
-def evaluate(run, name, nfe, seed, flags, bits):
+def evaluate(run, name, nfe, seed, flags, bits, decoder=None):
     """One row of the table.  -> {column: value}"""
     sampler, options = VARIANTS[name]
     n_steps = n_steps_of(name, run.kind, nfe, flags)
     options = dict(n_steps=n_steps, temperature=flags.temperature, top_p=flags.top_p, guidance=flags.guidance,
                    guidance_ramp=flags.guidance_ramp) | options
+    if "temperature_end" in options:
+        options["temperature_end"] *= flags.temperature
     if sampler == "ddpd":
         options["planner_guidance"] = flags.planner_guidance
     n_classes = run.meta["n_classes"]
     labels = np.arange(flags.n_samples) % n_classes if n_classes else np.zeros(flags.n_samples, np.int64)
     tokens, calls, seconds = run.draw(sampler, options, labels, seed, flags.batch_size)
-    if flags.decoder:
-        write_images(run, f"{name}_{nfe}", tokens, flags)
+    if decoder:
+        write_images(run, f"{name}_{nfe}_seed{seed}_guidance{flags.guidance:g}", tokens, decoder, flags.batch_size)
     row = dict(run=run.folder, it=run.it, train_seed=run.cfg["seed"], sampler=name, steps=n_steps, nfe=round(calls, 2),
                guidance=flags.guidance, s_per_sample=round(seconds, 4), n=flags.n_samples, seed=seed)
     row |= run.judge.scores(tokens, labels)[0] if run.is_judged else {"entropy": entropy(tokens)}
@@ -182,10 +193,10 @@ def evaluate(run, name, nfe, seed, flags, bits):
                       device=runtime.device_name(run.device))
 
 
-def write_images(run, name, tokens, flags):
+def write_images(run, name, tokens, decoder, batch_size):
     """Decoded samples as uint8 (n, H, W, 3) under arr_0: the layout of the ADM evaluation suite."""
-    decoder, parts = render.load_decoder(flags.decoder, run.meta, run.device), []
-    for batch in np.split(tokens, range(flags.batch_size, len(tokens), flags.batch_size)):
+    parts = []
+    for batch in np.split(tokens, range(batch_size, len(tokens), batch_size)):
         parts.append(render.pictures(batch.reshape(-1, *run.meta["grid"]), run.meta, decoder))
     np.savez(Path(run.folder) / f"{name}.npz", np.concatenate(parts))
 
@@ -211,7 +222,7 @@ def planner_says(run, n=1024):
             p = processes.from_self(run.nets["denoiser"](x, t[i], label[i]).softmax(-1), x, t[i])[0]
         out[where].append(torch.stack([t[i].expand(x.shape), p, is_noise.float()]).flatten(1).cpu())
 
-    for i in torch.arange(n).split(64):
+    for i in torch.arange(n).split(min(64, run.at_once(MOST))):
         with runtime.autocast(run.device, run.cfg["dtype"]):
             x, is_noise = (y.to(run.device) for y in processes.corrupt(x0[i].cpu(), t[i].cpu(), "uniform", vocab, rng))
             say("corrupted", x, i, is_noise)
@@ -305,24 +316,29 @@ def main(flags):
     for name in flags.samplers:
         if name not in VARIANTS:
             raise SystemExit(f"--samplers {name} is not one of {', '.join(VARIANTS)}")
-    if min(flags.n_samples, flags.batch_size, *flags.nfe) < 1 or min(flags.seeds) < 0:
-        raise SystemExit("--n-samples, --batch-size and --nfe must be at least 1, --seeds not negative")
+    if not flags.runs or not flags.nfe or not flags.seeds:
+        raise SystemExit("name at least one run, --nfe and --seeds")
+    if min(flags.batch_size, *flags.nfe) < 1 or min(flags.seeds) < 0 or flags.n_samples < 2:
+        raise SystemExit("--batch-size and --nfe must be at least 1, --n-samples at least 2, --seeds not negative")
     rows = []
     for folder in flags.runs:
         run = Run(folder, device)
-        if (flags.guidance, flags.planner_guidance) != (1, 1) and not run.cfg["label_dropout"]:
-            raise SystemExit(f"{folder} was trained without label dropout: there is nothing to guide away from")
+        is_guided = (flags.guidance, flags.planner_guidance) != (1, 1)
+        if is_guided and not (run.cfg["label_dropout"] and run.meta["n_classes"]):
+            raise SystemExit(f"{folder} was trained without labels or their dropout: nothing to guide away from")
         names = flags.samplers or samplers.FITS[run.kind][:1]
         for name in names:
             with runtime.one_line_errors(ValueError):
                 if len(flags.runs) == 1:
                     samplers.check_fit(run.kind, VARIANTS[name][0])
             n_steps_of(name, run.kind, min(flags.nfe), flags)
+        decoder = render.load_decoder(flags.decoder, run.meta, device) if flags.decoder else None
         bits = run.bits()
         print(f"{folder}, iteration {run.it}: {bits[0]:.3f} +- {bits[1]:.3f} bits per token on held-out data")
         if run.is_judged:
             real, per_class = run.judge.val
-            print("  held-out real data: " + describe(real, per_class, run.meta))
+            n_real = min(N_REAL, len(run.splits["val"]))
+            print(f"  held-out real data, n {n_real}: " + describe(real, per_class, run.meta))
         if flags.planner and run.kind != "gidd":
             judge_planner(run)
         for name in names:
@@ -333,7 +349,7 @@ def main(flags):
             for nfe in flags.nfe:
                 for seed in flags.seeds:
                     with runtime.one_line_errors(ValueError):
-                        rows.append(evaluate(run, name, nfe, seed, flags, bits))
+                        rows.append(evaluate(run, name, nfe, seed, flags, bits, decoder))
                     row = rows[-1]
                     print(f"  {name:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, seed {seed}, n {row['n']}: "
                           + describe(row, None, run.meta) + f", {row['s_per_sample']:.3f} s each")

@@ -7,7 +7,8 @@ import numpy as np
 TILE = 128              # pixels per side of a picture of one sequence, about
 GAP = 8
 MAX_FRAMES = 240        # a longer run is shown every few steps
-WRITTEN, KNOWN = (255, 140, 0), (60, 160, 255)
+WRITTEN, KNOWN, MASK = (255, 140, 0), (60, 160, 255), (90, 60, 140)
+LINE, GLYPH_W, GLYPH_H = 32, 10, 20     # characters per line of text, pixels of each
 BACKGROUND, TEXT = (24, 24, 28), (235, 235, 235)
 
 
@@ -23,27 +24,55 @@ def palette(meta):
 
         rgb = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.65, 0.55 + 0.4 * (i * 0.7548777 % 1)) for i in range(vocab)]
         rgb = np.array(rgb) * 255
-    return np.concatenate([rgb, [(90, 60, 140)]]).round().astype(np.uint8)
+    return np.concatenate([rgb, [MASK]]).round().astype(np.uint8)
 
 
 def flat(y):
-    """Any grid as rows and columns: text is one row, frames stand side by side.  (n, *grid) -> (n, h, w)"""
+    """Any grid as rows and columns: a line is folded, frames stand side by side.  (n, *grid) -> (n, h, w)"""
     if y.ndim == 4:
         return np.concatenate(list(y.swapaxes(0, 1)), -1)
-    return y if y.ndim == 3 else y[:, None]
+    if y.ndim == 2 or y.shape[1] == 1:
+        width = max(w for w in range(1, LINE + 1) if y[0].size % w == 0)
+        return y.reshape(len(y), -1, width)
+    return y
+
+
+def glyphs():
+    """A picture of each byte, the mask last.  -> (257, GLYPH_H, GLYPH_W, 3) uint8"""
+    out = []
+    for byte in range(257):
+        canvas = Canvas(GLYPH_W, GLYPH_H)
+        if byte == 256:
+            canvas.draw.rectangle((1, 3, GLYPH_W - 2, GLYPH_H - 4), fill=MASK)
+        elif byte == 10:                                                # end of a line: a corner
+            canvas.draw.line((2, 6, GLYPH_W - 3, 6, GLYPH_W - 3, GLYPH_H - 6), fill=(110, 110, 120))
+        elif 32 <= byte < 127:
+            canvas.text(chr(byte), GLYPH_W // 2, GLYPH_H // 2, 14, "mm")
+        else:
+            canvas.draw.rectangle((3, 6, GLYPH_W - 4, GLYPH_H - 7), outline=(110, 110, 120))
+        out.append(canvas.array())
+    return np.stack(out)
 
 
 def pictures(tokens, meta, decoder=None):
     """One picture per sequence.  tokens (n, *grid) -> (n, H, W, 3) uint8; decoder: tokens -> (n, 3, H, W) in [-1, 1]"""
     if decoder is None:
         tokens = flat(tokens)
+        if meta["palette"] == "text":
+            cells = glyphs()[tokens]                                    # (n, h, w, GLYPH_H, GLYPH_W, 3)
+            n, h, w = tokens.shape
+            return cells.transpose(0, 1, 3, 2, 4, 5).reshape(n, h * GLYPH_H, w * GLYPH_W, 3)
         scale = max(1, round(TILE / max(tokens.shape[1:])))
         return palette(meta)[tokens].repeat(scale, 1).repeat(scale, 2)
     import torch
 
-    with torch.no_grad():
-        images = decoder(torch.as_tensor(tokens)).float().clamp(-1, 1).permute(0, 2, 3, 1)
-    return ((images + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    with torch.no_grad():                                               # a decoder knows no mask
+        images = decoder(torch.as_tensor(np.minimum(tokens, meta["vocab"] - 1))).float().clamp(-1, 1)
+    out = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy().copy()
+    for picture, masked in zip(out, flat(tokens) == meta["vocab"], strict=True):
+        if masked.any():
+            picture[stretch(masked[..., None], picture.shape[:2])[..., 0]] = MASK
+    return out
 
 
 def load_decoder(path, meta, device):
@@ -115,7 +144,7 @@ def samples_png(path, tokens, labels, meta, decoder=None):
     """A labelled grid of finished sequences.  tokens (n, h, w), labels (n,)"""
     tiles = pictures(tokens, meta, decoder)
     n, height, width = tiles.shape[:3]
-    columns = min(n, 10)
+    columns = min(n, 10 if width < 200 else 3)
     canvas = Canvas(GAP + columns * (width + GAP), GAP + math.ceil(n / columns) * (height + 20 + GAP))
     for i, tile in enumerate(tiles):
         x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (height + 20 + GAP)
@@ -131,6 +160,7 @@ def planner_frames(states, labels, meta, decoder=None, known=None):
     """
     n = len(labels)
     columns = min(n, 3 if n in (3, 6, 9) else 4 if n in (7, 8) else 5)
+    columns = min(columns, 2) if meta["palette"] == "text" else columns
     stride = math.ceil(len(states) / MAX_FRAMES)
     for step in sorted({*range(0, len(states), stride), len(states) - 1}):
         x, p_noise, written, nfe = states[step]

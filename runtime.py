@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,16 @@ def start():
             raise SystemExit(f"{size} processes, but {torch.cuda.device_count()} GPUs: start one process per GPU")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
     return World(rank, size, device)
+
+
+def same_everywhere(number, world, complaint):
+    """Refuse numbers that differ between processes."""
+    if world.size > 1:
+        low, high = torch.tensor(number), torch.tensor(number)
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        if low != high:
+            raise SystemExit(f"{complaint} ({int(low)} to {int(high)})")
 
 
 def end():
@@ -96,8 +107,11 @@ class Stop:
 
     def __init__(self, world):
         self.world, self.signal = world, 0
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, self.note)
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
     def note(self, number, frame):
         if self.signal and number == signal.SIGINT:                     # SIGTERM comes twice from some schedulers
@@ -196,10 +210,10 @@ class Log:
         if world.is_main and cfg.wandb_project:
             import wandb
 
-            host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+            url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
             mode = os.environ.get("WANDB_MODE") or cfg.wandb_mode
             if mode == "auto":
-                mode = "online" if has_key(host) and is_reachable(host) else "offline"
+                mode = "online" if has_key(url.hostname) and is_reachable(url) else "offline"
             if mode == "offline":
                 print("wandb: offline, to be sent later with `wandb sync`")
             kept = Path(folder) / "wandb_id.txt"                        # the same run goes on under the same id
@@ -240,9 +254,12 @@ def has_key(host):
         return False
 
 
-def is_reachable(host, timeout_s=3):
+def is_reachable(url, timeout_s=3):
+    """Does the server answer? Behind a proxy it is taken to."""
+    if urllib.request.getproxies().get(url.scheme):
+        return True
     try:
-        socket.create_connection((host, 443), timeout_s).close()
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout_s).close()
         return True
     except OSError:
         return False

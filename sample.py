@@ -67,7 +67,7 @@ def load_known(path, meta, labels):
     try:
         with np.load(path, allow_pickle=False) as file:
             tokens, mask = file["tokens"], file["mask"]
-            own = file["labels"].astype(np.int64).tolist() if "labels" in file else []
+            own = np.atleast_1d(file["labels"]).astype(np.int64).tolist() if "labels" in file else []
     except Exception as error:                                          # np.load raises a dozen kinds
         raise SystemExit(f"{path} cannot be read as tokens and mask: {runtime.first_line(error)}") from None
     grid = tuple(meta["grid"])
@@ -77,7 +77,9 @@ def load_known(path, meta, labels):
     if not tokens.size or not mask.size or tokens.dtype.kind not in "iu":
         raise SystemExit(f"{path} holds {tokens.shape} tokens of {tokens.dtype}, not whole numbers")
     n = len(tokens) if tokens.ndim > len(grid) else 1
-    labels = labels or (own if len(own) == n else [meta["n_classes"]] * n)
+    if (own and len(own) != n) or mask.shape not in (grid, (n, *grid)):
+        raise SystemExit(f"{path}: {n} sequences of grid {grid} do not fit {len(own)} labels and a mask {mask.shape}")
+    labels = labels or own or [meta["n_classes"]] * n
     try:
         shape = (len(labels), *grid)
         pair = [np.array(np.broadcast_to(y, shape)).reshape(len(labels), -1) for y in (tokens.astype(np.int64), mask)]
@@ -106,8 +108,8 @@ def main(flags):
         if not 0 <= label <= n_classes:
             raise SystemExit(f"--labels {label}: {flags.run} knows 0 to {n_classes - 1}, and {n_classes} for no label")
     labels = labels or [min(i, n_classes) for i in range(n_classes if 0 < n_classes <= 10 else 8)]
-    if (flags.guidance, flags.planner_guidance) != (1, 1) and not state["config"]["label_dropout"]:
-        raise SystemExit(f"{flags.run} was trained without label dropout: there is nothing to guide away from")
+    if (flags.guidance, flags.planner_guidance) != (1, 1) and not (state["config"]["label_dropout"] and n_classes):
+        raise SystemExit(f"{flags.run} was trained without labels or their dropout: nothing to guide away from")
     decoder = render.load_decoder(flags.decoder, meta, device) if flags.decoder else None
     nets = model.from_checkpoint(state, kind, device)
 
@@ -159,6 +161,9 @@ def main(flags):
                 pictures = render.planner_frames(frames, labels[:n_shown], meta, decoder, marked)
                 render.write_video(folder / name, pictures)
                 written += [f"{name}.mp4", f"{name}.gif"]
+    if meta["palette"] == "text":
+        for text in tokens.reshape(len(tokens), -1):
+            print("---\n" + bytes(text.astype(np.uint8)).decode(errors="replace"))
     print(f"wrote {', '.join(written)} in {folder}")
 
 

@@ -91,7 +91,7 @@ def validate(cfg, meta, nets, split, device):
     from sklearn.metrics import roc_auc_score
 
     rng, n = runtime.generator(EVAL), cfg.eval_sequences                # the same draws for every seed
-    x0, label = (torch.from_numpy(y) for y in split.rows(np.arange(n) % len(split)))
+    x0, label = (torch.from_numpy(y) for y in split.some(n))
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
     seen = {name: [] for name in nets}                                  # rows of (t, target, loss, verdict)
     for b in torch.arange(n).split(64):
@@ -258,7 +258,9 @@ def main(cfg):
     if world.is_main and world.size > 1:
         torch.distributed.barrier()
     it = state["it"] if state else 0
+    runtime.same_everywhere(it, world, f"{cfg.out_dir} is at another iteration on another machine: all need one folder")
     if it >= cfg.max_iters:
+        stop.restore()
         if world.is_main:
             print(f"{cfg.out_dir} is finished: {it} iterations. A larger --max-iters goes on.")
         return
@@ -399,6 +401,7 @@ def main(cfg):
             clock += time.perf_counter() - paused                       # tokens/s leaves validation out
     bar.close()
     log.close()
+    stop.restore()
     if world.is_main:
         print(f"done: {cfg.max_iters} iterations, {train_s / 60:.1f} minutes of training in this start. "
               f"Next: python sample.py {cfg.out_dir}")

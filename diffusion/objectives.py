@@ -214,7 +214,7 @@ def bits_per_token(nets, kind, x0, label, vocab, generator, p_uniform=0.1, most=
     u = ((torch.arange(n) + torch.rand(n, generator=generator)) / n).to(x0.device, torch.float64)[:, None]
     order = torch.randperm(n, generator=generator)
     t, rows = (u**2).clamp(1e-8, 1 - 1e-8), {}
-    for i in torch.arange(n).split(max(1, most // (n_tokens * vocab))):
+    for i in torch.arange(n).split(max(1, min(64, most // (n_tokens * vocab)))):
         x0_, label_, t_ = x0[order[i]], label[order[i]], t[i]
         process = {"maskd": "mask", "gidd": "hybrid"}.get(kind, "uniform")
         x = corrupt(x0_.cpu(), t_.cpu(), process, vocab, generator, p_uniform)[0].to(x0.device)

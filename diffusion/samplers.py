@@ -161,6 +161,8 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
           n_steps=(n_steps, 1), k=(k, 1), stop=(stop, 0), refine=(refine, 0))
     if planner_guidance != 1 and null_label is None:
         raise ValueError("planner_guidance needs null_label, the class that stands for no label")
+    if planner_guidance != 1 and planner is None:
+        raise ValueError("planner_guidance needs a planner: one network as both is guided by guidance")
     if denoiser_process == "mask" and planner is None:
         raise ValueError("a mask denoiser cannot be its own planner: it says nothing of tokens that are not masked")
     if denoiser_process == "mask" and vocab is None:
@@ -191,7 +193,7 @@ def ddpd(planner, denoiser, x, label, *, n_steps, generator, schedule="spread", 
         p = p * free[rows]                                              # (b, N)
         p_noise[rows] = p
         left, n_free = p.sum(1, keepdim=True), free[rows].sum(1, keepdim=True).clamp_min(1)     # (b, 1) expected noise
-        if not is_leap:
+        if not is_leap and planner is not None:                         # one network was asked at the clock
             t[rows] = (left / n_free).clamp(T_MIN, T_MAX)               # solves 1 - alpha = mean p_noise
         if is_main:
             done[rows] = left[:, 0] < stop
@@ -302,7 +304,7 @@ def confidence(denoiser, x, label, *, n_steps, generator, order="confidence", sc
     vocab = mask_of(x, free, vocab)
     n_free = free.sum(1)
     for step in range(n_steps):
-        masked, r = x == vocab, (step + 1) / n_steps
+        masked, r = free & (x == vocab), (step + 1) / n_steps
         left = {"arccos": math.acos(r) / (math.pi / 2), "cosine": math.cos(r * math.pi / 2), "linear": 1 - r}[schedule]
         n_left = (n_free * left + 1e-6).long().minimum(masked.sum(1) - 1).clamp_min(0)          # (B,)
         n_left = n_left if step + 1 < n_steps else torch.zeros_like(n_left)
@@ -337,7 +339,7 @@ def remdm(denoiser, x, label, *, n_steps, generator, remask="confidence", eta=0.
     sure = torch.zeros(x.shape, device=x.device)                        # probability at which each token was written
     for step in range(n_steps):
         t, s = 1 - step / n_steps, 1 - (step + 1) / n_steps
-        masked, u = x == vocab, torch.rand(x.shape, generator=generator, device=x.device)
+        masked, u = free & (x == vocab), torch.rand(x.shape, generator=generator, device=x.device)
         most = min(1.0, s / (1 - t)) if t < 1 else 1.0
         sigma = torch.full(x.shape, min(eta, most) if remask == "cap" else min(1.0, eta) * most, device=x.device)
         if remask == "confidence":

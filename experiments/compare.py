@@ -63,7 +63,7 @@ def sample(seeds):
 
 
 def table():
-    """Mean over seeds, and half their range."""
+    """Means over seeds: judge accuracy, Frechet distance."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,7 +77,7 @@ def table():
         for i, sampler in enumerate(SAMPLERS[kind]):
             cells, lines = [], {column: [] for column in COLUMNS}
             for nfe in NFE:
-                mine = [r for r in rows() if (r["run"][:-2], r["sampler"], r["calls"])
+                mine = [r for r in rows() if (r["run"].rsplit("_", 1)[0], r["sampler"], r["calls"])
                         == (folder(kind, 0)[:-2], sampler, str(nfe))]
                 if not mine:
                     break

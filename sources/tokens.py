@@ -16,7 +16,7 @@ MAX_IDS, MAX_CLASSES = 2**31, 2**20
 
 
 def folder_name(how):
-    return Path(how.file).stem
+    return Path(how.file).stem or "tokens"
 
 
 def make(how):

@@ -94,4 +94,4 @@ def test_shipped_configs_are_read():
     for path in sorted((Path(config.__file__).parent / "configs").glob("*.py")):
         cfg = config.load(argv=[str(path)])
         assert cfg.out_dir == f"out/{path.stem}"
-        assert path.read_text().startswith('"""') and f"python train_ddpd.py configs/{path.name}" in path.read_text()
+        assert path.read_text().startswith('"""') and f"train_ddpd.py configs/{path.name}" in path.read_text()

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import data
 import runtime
 import sample
-from sources import fashion_mnist, mnist, tokens
+from sources import fashion_mnist, mnist, text, tokens
 
 
 @pytest.fixture
@@ -113,6 +113,29 @@ def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
     assert "leaves the folder" in refusal(data.load, "../other") and "leaves" in refusal(data.load, "/tmp/other")
     said = script("data.py", "mnst")
     assert said.returncode == 1 and said.stderr.strip().endswith("did you mean mnist?")
+
+
+def test_data_that_is_there_is_never_replaced(tmp_path, monkeypatch):
+    """Made twice: refused, or kept where another process was first, and said so."""
+    monkeypatch.chdir(tmp_path)
+    assert script("data.py", "digits").returncode == 0
+    said = script("data.py", "digits", "--name", "digits", "--image-size", 4)
+    assert said.returncode == 1 and "data/digits is there already" in said.stderr
+    assert data.load("digits", 8)[0]["grid"] == [8, 8]
+
+
+def test_text_is_bytes_in_windows(tmp_path, monkeypatch):
+    """Side by side, the last tenth held out, every byte as its own id; no classes."""
+    monkeypatch.chdir(tmp_path)
+    raw = np.random.default_rng(0).integers(0, 256, 10_000).astype(np.uint8)
+    Path("book.txt").write_bytes(raw.tobytes())
+    meta, splits = made(text, file="book.txt", length=50)
+    assert (meta["vocab"], meta["grid"], meta["n_classes"], meta["palette"]) == (256, [1, 50], 0, "text")
+    assert np.array_equal(splits["train"][0].ravel(), raw[:9000]) and np.array_equal(
+        splits["val"][0].ravel(), raw[9000:]
+    )
+    assert "too few for sequences of 5000" in refusal(lambda: made(text, file="book.txt", length=5000, name="x"))
+    assert "name a text with --file" in refusal(lambda: made(text, name="x"))
 
 
 # IDX files

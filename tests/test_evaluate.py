@@ -164,5 +164,5 @@ def test_images_for_outside_suites(runs):
     torch.jit.script(Grey()).save("grey.jit")
     done = script("evaluate.py", "out/a", "--nfe", 2, "--n-samples", 5, "--decoder", "grey.jit", "--batch-size", 2)
     assert done.returncode == 0, done.stderr
-    images = np.load("out/a/ddpd_2.npz")["arr_0"]
+    images = np.load("out/a/ddpd_2_seed0_guidance1.npz")["arr_0"]
     assert images.shape == (5, 8, 8, 3) and images.dtype == np.uint8

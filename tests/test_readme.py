@@ -99,7 +99,7 @@ def test_known_tokens_stay(trained):
         (dict(tokens=np.zeros((8, 8)), mask=np.ones((8, 8), bool)), "not whole numbers"),
         (dict(tokens=np.zeros((8, 8), int), mask=np.ones((8, 8))), "float64 mask"),
         (dict(tokens=np.zeros((0, 8, 8), int), mask=np.ones((8, 8), bool)), "whole numbers"),
-        (dict(tokens=np.zeros((3, 8, 8), int), mask=np.ones((2, 8, 8), bool)), "do not fit 3 samples"),
+        (dict(tokens=np.zeros((3, 8, 8), int), mask=np.ones((2, 8, 8), bool)), "3 sequences of grid (8, 8) do not fit"),
     ],
 )
 def test_known_files_that_do_not_fit_are_refused(arrays, said):

@@ -18,6 +18,27 @@ def test_tokens_are_shown_in_the_palette_of_the_data():
     assert [picture[5, i * cell + 3].tolist() for i in range(4)] == [[v] * 3 for v in (0, 85, 170, 255)]
 
 
+def test_a_decoder_never_sees_a_mask():
+    """Tokens are decoded, masks are painted over in their colour."""
+    import torch
+
+    def decoder(tokens):
+        assert tokens.max() < 4
+        return torch.ones(len(tokens), 3, 6, 10)
+
+    picture = render.pictures(np.array([[[0, 1, 2, 3, 4]] * 3]), META, decoder)[0]
+    assert (picture[:, 8:] == render.MASK).all() and (picture[:, :8] == 255).all()
+
+
+def test_text_is_shown_as_characters():
+    """A line is folded; each byte has a picture of its own, and a mask one that no byte has."""
+    meta = META | dict(palette="text", vocab=256, grid=[1, 64])
+    picture = render.pictures(np.full((2, 1, 64), ord("A")), meta)
+    assert picture.shape == (2, 2 * render.GLYPH_H, 32 * render.GLYPH_W, 3)
+    shown = render.glyphs()
+    assert len({shown[i].tobytes() for i in [*range(33, 127), 10, 256]}) == 96
+
+
 def test_heat_is_on_a_fixed_scale():
     """The colour of a probability does not depend on what else is shown; bright is noise."""
     assert np.array_equal(render.heat(np.array([0.2]))[0], render.heat(np.array([0.2, 0.9]))[0])

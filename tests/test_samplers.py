@@ -347,6 +347,7 @@ def test_remasking_by_confidence_masks_the_unsure(rng):
 
 @pytest.mark.parametrize("sampler", ["ancestral", "confidence", "remdm"])
 def test_known_tokens_in_mask_samplers(sampler, rng):
+    """Held fixed, also where all are known and the mask id must be guessed."""
     x = torch.full((6, 10), 5)
     known = torch.rand(6, 10, generator=rng) < 0.4
     x = torch.where(known, torch.randint(5, x.shape, generator=rng), x)
@@ -357,6 +358,8 @@ def test_known_tokens_in_mask_samplers(sampler, rng):
         assert torch.equal(state.x[known], x[known]) and not (state.written & known).any() and len(state.x) == 6
         assert (state.p_noise[known] == 0).all()
     assert not (state.x == 5).any()
+    options |= dict(vocab=None, known=torch.ones_like(known))
+    assert torch.equal(finish(getattr(samplers, sampler)(net, state.x, torch.zeros(6).long(), **options)).x, state.x)
 
 
 def test_a_finished_sequence_of_masks_leaves_the_computation(rng):
@@ -471,14 +474,14 @@ def test_guidance_ramps_with_the_share_of_noise_gone(is_ramped, rng):
         (dict(stop=-1.0), "stop"),
         (dict(refine=-1), "refine"),
         (dict(denoiser_process="hybrid"), "denoiser_process"),
+        (dict(planner=None, planner_guidance=2.0, null_label=0), "planner_guidance needs a planner"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused_by_name(bad, name, rng):
     world, x = dense(), torch.zeros(1, 3, dtype=torch.long)
+    options = dict(planner=world.planner, n_steps=1, generator=rng) | bad
     with pytest.raises(ValueError, match=name):
-        finish(
-            ddpd(world.planner, world.denoiser, x, torch.zeros(1).long(), **({"n_steps": 1, "generator": rng} | bad))
-        )
+        finish(ddpd(denoiser=world.denoiser, x=x, label=torch.zeros(1).long(), **options))
 
 
 def test_a_misfit_of_sampler_and_denoiser_is_refused(rng):
