@@ -225,8 +225,10 @@ def say_what(cfg, meta, train, nets, world):
           f"{meta['n_classes']} classes; {sizes} parameters")
     print(f"{per_step} tokens per iteration on {world.size} x {world.device.type}, "
           f"{'bfloat16' if runtime.autocast(world.device, cfg.dtype)._enabled else 'float32'}")
-    floors = dict(denoiser_start=math.log(meta["vocab"]))
-    print(f"denoiser CE starts at ln V = {floors['denoiser_start']:.4f} nats")
+    floors = {}
+    if cfg.method == "ddpd":
+        floors["denoiser_start"] = math.log(meta["vocab"])
+        print(f"denoiser CE starts at ln V = {floors['denoiser_start']:.4f} nats")
     if "planner" in nets:
         floors |= dict(planner_blind=processes.BLIND, planner_level_only=processes.LEVEL_ONLY,
                        planner_floor=processes.planner_floor(meta["vocab"]))
