@@ -21,6 +21,7 @@ class Flags:
     top_p: float = 1.0                      # probability mass it draws from, in (0, 1]
     guidance: float = 1.0                   # of the denoiser
     planner_guidance: float = 1.0           # of the planner
+    correct: int = 0                        # gidd: a second row after this many steps of self-correction
     guidance_ramp: bool = False             # let both grow from 1 with the share of noise gone
     planner: bool = False                   # judge the planner too: RUN/reliability.png
     decoder: str = ""                       # TorchScript, tokens -> images: writes RUN/SAMPLER_NFE_*.npz
@@ -39,13 +40,12 @@ import torch
 from tqdm import tqdm
 
 import data
+import judges
 import model
 import render
 import runtime
 from diffusion import objectives, processes, samplers
 
-N_REAL = 10_000         # real sequences that judge, Frechet distance and neighbours are fitted on, at most
-N_PCA, K_NEAREST = 64, 3
 N_BINS, N_CALIBRATION = 10, 15
 N_BITS = 2048           # sequences behind bits per token, at least
 MOST = 2**27            # logits at once: samplers hold about six numbers for each
@@ -58,66 +58,6 @@ VARIANTS = {            # name here: (sampler, its options)
 }
 
 
-class Judge:
-    """What real data of a run says of samples: everything is fitted anew on its training split."""
-
-    def __init__(self, meta, splits):
-        from sklearn.decomposition import PCA
-        from sklearn.neighbors import NearestNeighbors
-        from sklearn.svm import SVC
-
-        self.meta = meta
-        rows = {name: s.some(min(N_REAL, len(s))) for name, s in splits.items()}
-        tokens, labels = rows["train"]
-        x = self.features(tokens)
-        self.svc = SVC(C=10.0).fit(x, labels)
-        self.pca = PCA(min(N_PCA, *x.shape), random_state=0).fit(x)
-        self.real = self.pca.transform(x)
-        self.nearest = NearestNeighbors(n_neighbors=K_NEAREST + 1).fit(self.real)
-        self.radius = self.nearest.kneighbors(self.real)[0][:, -1]
-        whole = np.arange(len(splits["train"]))
-        self.seen = {hash(row.tobytes()) for i in np.array_split(whole, -(-len(whole) // N_REAL))
-                     for row in splits["train"].rows(i)[0]}
-        self.val = self.scores(*rows["val"])
-
-    def features(self, tokens):
-        return tokens / (self.meta["vocab"] - 1)
-
-    def scores(self, tokens, labels):
-        """What a table says of sequences (n, N) and the labels asked for.  -> {column: value}, {class: accuracy}"""
-        from sklearn.neighbors import NearestNeighbors
-
-        right = self.svc.predict(self.features(tokens)) == labels
-        per_class = {int(c): right[labels == c].mean() for c in np.unique(labels)}
-        draws = np.random.default_rng(0).integers(len(right), size=(2000, len(right)))
-        lo, hi = np.quantile(right[draws].mean(1), [0.025, 0.975])
-        mine = self.pca.transform(self.features(tokens))
-        near, which = self.nearest.kneighbors(mine, n_neighbors=10)
-        own = NearestNeighbors(n_neighbors=min(K_NEAREST + 1, len(mine))).fit(mine)
-        reach = own.kneighbors(mine)[0][:, -1]
-        back, whom = own.kneighbors(self.real, n_neighbors=min(10, len(mine)))
-        out = dict(judge_acc=right.mean(), lo=lo, hi=hi, worst_class=min(per_class.values()),
-                   frechet=frechet(mine, self.real), precision=(near <= self.radius[which]).any(1).mean(),
-                   recall=(back <= reach[whom]).any(1).mean(), entropy=entropy(tokens),
-                   class_entropy=np.mean([entropy(tokens[labels == c]) for c in per_class]),
-                   distinct=len(np.unique(tokens, axis=0)) / len(tokens),
-                   duplicates=np.mean([hash(row.tobytes()) in self.seen for row in tokens]))
-        return {k: round(float(v), 4) for k, v in out.items()}, per_class
-
-
-def frechet(a, b):
-    """Distance of two Gaussians fitted to (n, d) and (m, d)."""
-    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values = np.linalg.eigvals(ca @ cb).real.clip(0)
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * np.sqrt(values).sum()
-
-
-def entropy(tokens):
-    """Bits per token of independent positions: how varied sequences (n, N) are."""
-    shares = [np.unique(column, return_counts=True)[1] / len(tokens) for column in tokens.T]
-    return np.mean([-(p * np.log2(p)).sum() for p in shares])
-
-
 class Run:
     """A trained run, ready to be sampled and judged."""
 
@@ -127,8 +67,7 @@ class Run:
         self.kind, self.p_uniform = config.kind_of(self.cfg), self.cfg.get("p_uniform", 0.0)
         self.nets = model.from_checkpoint(state, self.kind, device)
         self.splits = data.load(self.cfg["data"], self.cfg["image_size"], self.cfg["levels"])[1]
-        self.is_judged = self.meta["n_classes"] > 1 and self.meta["palette"] == "grey"
-        self.judge = Judge(self.meta, self.splits) if self.is_judged else None
+        self.judge = judges.of(self.meta, self.splits)
 
     def val(self, n):
         """n held-out sequences, again from the first where there are fewer.  -> x0 (n, N), label (n,)"""
@@ -147,15 +86,16 @@ class Run:
                                                runtime.generator(0), self.p_uniform)
         return next(iter(bounds.values()))
 
-    def draw(self, sampler, options, labels, seed, batch_size):
-        """-> tokens (n, N), mean NFE, seconds per sample"""
+    def draw(self, sampler, options, labels, seed, batch_size, given=None):
+        """given: (n, N) samples, where the sampler is self_correct.  -> tokens (n, N), mean NFE, seconds per sample"""
         rng, parts, calls = runtime.generator(seed, device=self.device), [], []
         batch_size = min(batch_size, self.at_once(MOST))
         began = time.perf_counter()
-        for label in tqdm(torch.as_tensor(labels).split(batch_size), unit="batch", leave=False):
+        for i in tqdm(torch.arange(len(labels)).split(batch_size), unit="batch", leave=False):
+            label, x = torch.as_tensor(labels)[i], None if given is None else torch.from_numpy(given[i]).to(self.device)
             with runtime.autocast(self.device, self.cfg["dtype"]):
                 steps = samplers.run(sampler, self.kind, self.nets, label.to(self.device), meta=self.meta,
-                                     generator=rng, p_uniform=self.p_uniform, **options)
+                                     generator=rng, given=x, p_uniform=self.p_uniform, **options)
                 final = samplers.last(steps)
             parts.append(final.x.cpu().numpy())
             calls.append(final.nfe.float().cpu())
@@ -172,25 +112,32 @@ def n_steps_of(name, kind, nfe, flags):
 
 
 def evaluate(run, name, nfe, seed, flags, bits, decoder=None):
-    """One row of the table.  -> {column: value}"""
+    """One row of the table, and one more where samples are corrected afterwards.  -> [{column: value}]"""
     sampler, options = VARIANTS[name]
     n_steps = n_steps_of(name, run.kind, nfe, flags)
-    options = dict(n_steps=n_steps, temperature=flags.temperature, top_p=flags.top_p, guidance=flags.guidance,
-                   guidance_ramp=flags.guidance_ramp) | options
+    drawn = dict(top_p=flags.top_p, guidance=flags.guidance, guidance_ramp=flags.guidance_ramp)
+    options = dict(n_steps=n_steps, temperature=flags.temperature) | drawn | options
     if "temperature_end" in options:
         options["temperature_end"] *= flags.temperature
     if sampler == "ddpd":
         options["planner_guidance"] = flags.planner_guidance
     n_classes = run.meta["n_classes"]
     labels = np.arange(flags.n_samples) % n_classes if n_classes else np.zeros(flags.n_samples, np.int64)
-    tokens, calls, seconds = run.draw(sampler, options, labels, seed, flags.batch_size)
-    if decoder:
-        write_images(run, f"{name}_{nfe}_seed{seed}_guidance{flags.guidance:g}", tokens, decoder, flags.batch_size)
-    row = dict(run=run.folder, it=run.it, train_seed=run.cfg["seed"], sampler=name, steps=n_steps, nfe=round(calls, 2),
-               guidance=flags.guidance, s_per_sample=round(seconds, 4), n=flags.n_samples, seed=seed)
-    row |= run.judge.scores(tokens, labels)[0] if run.is_judged else {"entropy": entropy(tokens)}
-    return row | dict(bits_per_token=round(bits[0], 4), bits_se=round(bits[1], 4), commit=runtime.commit(),
-                      device=runtime.device_name(run.device))
+    stages, rows, tokens, calls, seconds = [(name, sampler, options)], [], None, 0.0, 0.0
+    if flags.correct and run.kind == "gidd":
+        stages.append((f"{name}+correct", "self_correct", dict(n_steps=flags.correct) | drawn))
+    for label, stage, chosen in stages:
+        tokens, more_calls, more_seconds = run.draw(stage, chosen, labels, seed, flags.batch_size, tokens)
+        calls, seconds = calls + more_calls, seconds + more_seconds
+        row = dict(run=run.folder, it=run.it, train_seed=run.cfg["seed"], sampler=label, steps=n_steps,
+                   nfe=round(calls, 2), guidance=flags.guidance, s_per_sample=round(seconds, 4), n=flags.n_samples,
+                   seed=seed) | run.judge.scores(tokens, labels)[0]
+        rows.append(row | dict(bits_per_token=round(bits[0], 4), bits_se=round(bits[1], 4), commit=runtime.commit(),
+                               device=runtime.device_name(run.device)))
+        if decoder:
+            stem = f"{label}_{nfe}_seed{seed}_guidance{flags.guidance:g}"
+            write_images(run, stem, tokens, decoder, flags.batch_size)
+    return rows
 
 
 def write_images(run, name, tokens, decoder, batch_size):
@@ -335,10 +282,9 @@ def main(flags):
         decoder = render.load_decoder(flags.decoder, run.meta, device) if flags.decoder else None
         bits = run.bits()
         print(f"{folder}, iteration {run.it}: {bits[0]:.3f} +- {bits[1]:.3f} bits per token on held-out data")
-        if run.is_judged:
+        if run.judge.val:
             real, per_class = run.judge.val
-            n_real = min(N_REAL, len(run.splits["val"]))
-            print(f"  held-out real data, n {n_real}: " + describe(real, per_class, run.meta))
+            print(f"  held-out real data, n {run.judge.n_val}: " + describe(real, per_class, run.meta))
         if flags.planner and run.kind != "gidd":
             judge_planner(run)
         for name in names:
@@ -349,26 +295,23 @@ def main(flags):
             for nfe in flags.nfe:
                 for seed in flags.seeds:
                     with runtime.one_line_errors(ValueError):
-                        rows.append(evaluate(run, name, nfe, seed, flags, bits, decoder))
-                    row = rows[-1]
-                    print(f"  {name:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, seed {seed}, n {row['n']}: "
-                          + describe(row, None, run.meta) + f", {row['s_per_sample']:.3f} s each")
-                    write_row(Path(folder) / "evaluate.csv", row)
+                        made = evaluate(run, name, nfe, seed, flags, bits, decoder)
+                    for row in made:
+                        print(f"  {row['sampler']:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, seed {seed}, "
+                              f"n {row['n']}: {describe(row, None, run.meta)}, {row['s_per_sample']:.3f} s each")
+                        write_row(Path(folder) / "evaluate.csv", row)
+                    rows += made
     plot(rows, Path(flags.runs[0]) / "evaluate.png")
 
 
 def describe(row, per_class, meta):
     """A row in words."""
-    if "judge_acc" not in row:
-        return f"entropy {row['entropy']:.3f} bits"
-    worst = ""
-    if per_class:
-        worst = f" {meta['class_names'][min(per_class, key=per_class.get)]}"
-    return (f"judge accuracy {row['judge_acc']:.1%} ({row['lo']:.1%} to {row['hi']:.1%}), worst class{worst} "
-            f"{row['worst_class']:.1%}, Frechet {row['frechet']:.3f}, precision {row['precision']:.3f}, "
-            f"recall {row['recall']:.3f}, entropy {row['entropy']:.3f} bits ({row['class_entropy']:.3f} in a class), "
-            f"distinct {row['distinct']:.1%}, "
-            f"in the training set {row['duplicates']:.1%}")
+    said = [f"{words} {row[column]:{form}}" for column, (words, form) in judges.COLUMNS.items() if column in row]
+    if "lo" in row:
+        said[0] += f" ({row['lo']:.1%} to {row['hi']:.1%})"
+        if per_class:
+            said[1] += f" (class {meta['class_names'][min(per_class, key=per_class.get)]})"
+    return ", ".join(said)
 
 
 if __name__ == "__main__":

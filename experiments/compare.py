@@ -56,7 +56,7 @@ def sample(seeds):
             bits = run.bits()
             for sampler, nfe in wanted:
                 if (sampler, nfe) not in done:
-                    row = evaluate.evaluate(run, sampler, nfe, seed, flags, bits)
+                    [row] = evaluate.evaluate(run, sampler, nfe, seed, flags, bits)
                     evaluate.write_row(CSV, row | {"calls": nfe})
                     print(f"{kind} {sampler} {nfe} NFE, seed {seed}: {row['judge_acc']:.3f}, {row['frechet']:.3f}",
                           flush=True)

@@ -12,6 +12,7 @@ from conftest import TINY, script
 import config
 import data
 import evaluate
+import judges
 import train_ddpd
 
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def judge(folder):
     meta, splits = data.load("digits", 8)
-    return evaluate.Judge(meta, splits), splits
+    return judges.Pictures(meta, splits), splits
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -35,13 +36,48 @@ def test_frechet_distance_of_known_gaussians():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(200_000, 3)) * [1, 2, 3] + [1, 0, 0]
     b = rng.normal(size=(200_000, 3)) * [2, 2, 1] - [1, 0, 0]
-    assert evaluate.frechet(a, b) == pytest.approx(4 + 1 + 0 + 4, rel=0.02)
-    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert judges.frechet(a, b) == pytest.approx(4 + 1 + 0 + 4, rel=0.02)
+    assert judges.frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
 def test_entropy_of_positions():
     tokens = np.stack([np.arange(800) % 8, np.arange(800) % 2, np.zeros(800, int), np.arange(800) % 4], 1)
-    assert evaluate.entropy(tokens) == pytest.approx((3 + 1 + 0 + 2) / 4)
+    assert judges.entropy(tokens) == pytest.approx((3 + 1 + 0 + 2) / 4)
+
+
+class Lines:
+    """A split of one text."""
+
+    def __init__(self, raw, length=40):
+        raw = np.frombuffer(raw, np.uint8)
+        self.tokens = raw[: len(raw) // length * length].reshape(-1, length).astype(np.int64)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def rows(self, index):
+        return self.tokens[index], np.zeros(len(index), np.int64)
+
+    def some(self, n):
+        return self.rows(np.arange(n))
+
+
+def test_text_is_judged_by_its_n_grams():
+    """Real lines are likely and their words known; shuffled bytes are neither; copies are found."""
+    rng = np.random.default_rng(0)
+    vocabulary = [b"planner", b"denoiser", b"token", b"noise", b"mask", b"step", b"level", b"grid"]
+    draw = lambda n: b" ".join(vocabulary[i] for i in rng.integers(8, size=n))  # noqa: E731
+    train, val = Lines(draw(6000)), Lines(draw(600))
+    judge = judges.Text({"train": train, "val": val})
+    real, _ = judge.scores(val.tokens, None)
+    assert real == judge.val[0] and real["words"] > 0.99 and real["duplicates"] < 0.05
+    assert real["ngram_bits"] < 1.0  # three bits choose a word of six letters
+    shuffled, _ = judge.scores(rng.permuted(val.tokens, axis=1), None)
+    assert shuffled["ngram_bits"] > 3 * real["ngram_bits"] and shuffled["words"] < 0.2
+    assert shuffled["entropy"] == pytest.approx(real["entropy"])
+    noise, _ = judge.scores(rng.integers(256, size=val.tokens.shape), None)
+    assert noise["ngram_bits"] > 8 and noise["entropy"] > 7.9
+    assert judge.scores(train.tokens[:9], None)[0]["duplicates"] == 1
 
 
 def test_calibration_error():
@@ -152,6 +188,16 @@ def test_one_table_over_runs(runs):
 def test_what_cannot_be_evaluated_is_one_line(runs, flags, said):
     done = script("evaluate.py", "out/b", "--n-samples", 4, *flags)
     assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_correction_has_a_row_of_its_own(folder):
+    """A gidd run, before and after: calls of both stages are counted; other runs have no such row."""
+    flags = ["--method", "gidd", "--p-uniform", "0.2"]
+    train_ddpd.main(config.load(argv=[*TINY, "--max-iters", "2", "--out-dir", "out/g", *flags]))
+    done = script("evaluate.py", "out/g", "--nfe", 3, "--n-samples", 20, "--correct", 2)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(Path("out/g/evaluate.csv").open()))
+    assert [(r["sampler"], r["nfe"]) for r in rows] == [("ancestral", "3.0"), ("ancestral+correct", "5.0")]
 
 
 def test_images_for_outside_suites(runs):

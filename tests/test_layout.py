@@ -6,7 +6,7 @@ import subprocess
 
 from conftest import ROOT
 
-MODULES = ["config", "runtime", "model", "data", "render"]
+MODULES = ["config", "runtime", "model", "data", "render", "judges"]
 SCRIPTS = ["train_ddpd", "sample", "evaluate", "bench"]
 MAY_IMPORT = {
     **{m: set() for m in MODULES},
