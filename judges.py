@@ -36,7 +36,6 @@ class Pictures:
 
     def __init__(self, meta, splits):
         from sklearn.decomposition import PCA
-        from sklearn.neighbors import NearestNeighbors
         from sklearn.svm import SVC
 
         self.meta = meta
@@ -46,8 +45,7 @@ class Pictures:
         self.svc = SVC(C=10.0).fit(x, labels)
         self.pca = PCA(min(N_PCA, *x.shape), random_state=0).fit(x)
         self.real = self.pca.transform(x)
-        self.nearest = NearestNeighbors(n_neighbors=K_NEAREST + 1).fit(self.real)
-        self.radius = self.nearest.kneighbors(self.real)[0][:, -1]
+        self.radius = radii(self.real)
         self.seen = hashes(splits["train"])
         self.val, self.n_val = self.scores(*rows["val"]), len(rows["val"][0])
 
@@ -56,20 +54,14 @@ class Pictures:
 
     def scores(self, tokens, labels):
         """What a table says of sequences (n, N) and the labels asked for.  -> {column: value}, {class: accuracy}"""
-        from sklearn.neighbors import NearestNeighbors
-
         right = self.svc.predict(self.features(tokens)) == labels
         per_class = {int(c): right[labels == c].mean() for c in np.unique(labels)}
         draws = np.random.default_rng(0).integers(len(right), size=(2000, len(right)))
         lo, hi = np.quantile(right[draws].mean(1), [0.025, 0.975])
         mine = self.pca.transform(self.features(tokens))
-        near, which = self.nearest.kneighbors(mine, n_neighbors=10)
-        own = NearestNeighbors(n_neighbors=min(K_NEAREST + 1, len(mine))).fit(mine)
-        reach = own.kneighbors(mine)[0][:, -1]
-        back, whom = own.kneighbors(self.real, n_neighbors=min(10, len(mine)))
         out = dict(judge_acc=right.mean(), lo=lo, hi=hi, worst_class=min(per_class.values()),
-                   frechet=frechet(mine, self.real), precision=(near <= self.radius[which]).any(1).mean(),
-                   recall=(back <= reach[whom]).any(1).mean(), entropy=entropy(tokens),
+                   frechet=frechet(mine, self.real), precision=covered(mine, self.real, self.radius).mean(),
+                   recall=covered(self.real, mine, radii(mine)).mean(), entropy=entropy(tokens),
                    class_entropy=np.mean([entropy(tokens[labels == c]) for c in per_class]),
                    distinct=len(np.unique(tokens, axis=0)) / len(tokens),
                    duplicates=np.mean([hash(row.tobytes()) in self.seen for row in tokens]))
@@ -119,6 +111,22 @@ def byte_entropy(tokens):
     """Bits per token, wherever it stands."""
     p = np.unique(tokens, return_counts=True)[1] / tokens.size
     return -(p * np.log2(p)).sum()
+
+
+def radii(points):
+    """Distance of each point to its K_NEAREST-th neighbour: the ball that it covers (arXiv:1904.06991)."""
+    from sklearn.neighbors import NearestNeighbors
+
+    nearest = NearestNeighbors(n_neighbors=min(K_NEAREST + 1, len(points))).fit(points)
+    return nearest.kneighbors(points)[0][:, -1]
+
+
+def covered(points, centres, radius):
+    """Does a point lie in any centre's ball?  (n, d), (m, d), (m,) -> (n,) bool"""
+    from sklearn.metrics import pairwise_distances
+
+    parts = np.array_split(points, -(-len(points) // 1000))
+    return np.concatenate([(pairwise_distances(p, centres) <= radius).any(1) for p in parts])
 
 
 def frechet(a, b):
