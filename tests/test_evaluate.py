@@ -40,6 +40,15 @@ def test_frechet_distance_of_known_gaussians():
     assert judges.frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
+def test_precision_and_recall_are_shares_inside_of_balls():
+    """A ball reaches to the third neighbour: on a line of whole numbers, 2 inside and 3 at the ends."""
+    line = np.arange(20.0)[:, None]
+    radius = judges.radii(line)
+    assert radius[10] == 2 and radius[0] == 3
+    inside = judges.covered(np.array([[10.5], [-2.9], [22.1], [0.3]]), line, radius)
+    assert inside.tolist() == [True, True, False, True]
+
+
 def test_entropy_of_positions():
     tokens = np.stack([np.arange(800) % 8, np.arange(800) % 2, np.zeros(800, int), np.arange(800) % 4], 1)
     assert judges.entropy(tokens) == pytest.approx((3 + 1 + 0 + 2) / 4)
