@@ -70,8 +70,8 @@ def table():
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    print("| training | sampler | seeds | " + " | ".join(f"{nfe} NFE" for nfe in NFE) + " | entropy | s at 64 |")
-    print("|---|---|---|" + "---|" * (len(NFE) + 2))
+    print("| training | sampler | seeds | " + " | ".join(f"{nfe} NFE" for nfe in NFE) + " | entropy |")
+    print("|---|---|---|" + "---|" * (len(NFE) + 1))
     styles = {"maskd": "-", "unid": "--", "single": ":"}
     for kind in KINDS:
         for i, sampler in enumerate(SAMPLERS[kind]):
@@ -81,13 +81,13 @@ def table():
                         == (folder(kind, 0)[:-2], sampler, str(nfe))]
                 if not mine:
                     break
-                value = {c: np.array([float(r[c]) for r in mine]) for c in (*COLUMNS, "entropy", "s_per_sample")}
+                value = {c: np.array([float(r[c]) for r in mine]) for c in (*COLUMNS, "entropy")}
                 cells.append(f"{value['judge_acc'].mean():.1%}, {value['frechet'].mean():.2f}")
                 for column, line in lines.items():
                     line.append(value[column].mean())
             else:
                 print(f"| {kind} | {sampler} | {len(mine)} | " + " | ".join(cells)
-                      + f" | {value['entropy'].mean():.2f} | {value['s_per_sample'].mean():.2f} |")
+                      + f" | {value['entropy'].mean():.2f} |")
                 for panel, (column, line) in zip(panels, lines.items(), strict=True):
                     panel.plot(NFE, line, styles[kind], color=f"C{i}", marker="o", markersize=4,
                                label=f"{kind}, {sampler}")
