@@ -69,7 +69,7 @@ def table():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     print("| training | sampler | seeds | " + " | ".join(f"{nfe} NFE" for nfe in NFE) + " | entropy |")
     print("|---|---|---|" + "---|" * (len(NFE) + 1))
     styles = {"maskd": "-", "unid": "--", "single": ":"}
@@ -96,7 +96,7 @@ def table():
         panel.set_xticks(NFE, NFE)
         panel.minorticks_off()
     panels[1].set_yscale("log")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(ROOT / "assets" / "compare.png", dpi=110)
     for kind in KINDS:
         bits = {r["run"]: float(r["bits_per_token"]) for r in rows() if r["run"].startswith(folder(kind, 0)[:-2])}
