@@ -221,12 +221,13 @@ def judge_planner(run):
 
 
 def write_row(path, row):
-    """Append to a CSV, which is written anew where its columns have changed."""
+    """Append to a CSV, which is written anew where a column is new."""
     with runtime.one_line_errors(OSError):
         rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        is_same = bool(rows) and list(rows[0]) == list(row)
+        columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
+        is_same = bool(rows) and columns == list(rows[0])
         with open(path, "a" if is_same else "w", newline="") as file:
-            writer = csv.DictWriter(file, row, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(file, columns)
             if not is_same:
                 writer.writeheader()
             writer.writerows([row] if is_same else [*rows, row])
@@ -289,7 +290,8 @@ def main(flags):
             judge_planner(run)
         for name in names:
             if VARIANTS[name][0] not in samplers.FITS[run.kind]:
-                rows.append(dict(run=folder, sampler=name, nfe="n/a", judge_acc="n/a"))
+                rows.append(dict(run=folder, sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a"))
+                write_row(Path(folder) / "evaluate.csv", rows[-1])
                 print(f"  {name}: n/a for a {run.kind} run")
                 continue
             for nfe in flags.nfe:

@@ -43,7 +43,12 @@ def start():
     if size > 1:
         if device.type == "cpu" and torch.cuda.is_available():
             raise SystemExit(f"{size} processes, but {torch.cuda.device_count()} GPUs: start one process per GPU")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
+        backend, store = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", None
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":                   # restarted by torchrun, which keeps its store:
+            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=WAIT))     # old addresses are still in it
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        where = {} if store is None else dict(store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=WAIT, **where)
     return World(rank, size, device)
 
 

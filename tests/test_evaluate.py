@@ -172,8 +172,9 @@ def test_one_table_over_runs(runs):
         ("ddpd", "4"),
         ("ancestral", "2"),
         ("ancestral", "4"),
+        ("remdm", "n/a"),
     ]
-    for row in rows["out/a"] + rows["out/b"]:
+    for row in rows["out/a"] + rows["out/b"][:-1]:
         assert float(row["nfe"]) == pytest.approx(
             float(row["steps"]) * (2 if row["sampler"] == "ddpd" and row["run"] == "out/a" else 1), abs=1
         )
