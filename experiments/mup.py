@@ -129,20 +129,23 @@ def plot_coords(rows):
     for column, (heads, parametrization) in enumerate(kinds):
         for panel, net in zip(panels[:, column], ("planner", "denoiser"), strict=True):
             mine = [r for r in rows if (r["head_dim"], r["parametrization"], r["net"]) == (heads, parametrization, net)]
-            worst = 1.0
+            worst = {"attention logits": 1.0, "blocks and head": 1.0}
             for what in sorted({r["what"] for r in mine}):
                 for step in range(COORD_STEPS + 1):
                     size = [np.mean([float(r["rms"]) for r in mine if (r["what"], r["step"], r["width"])
                                      == (what, str(step), str(width))]) for width in COORD_WIDTHS]
                     if min(size) > 0:
-                        worst = max(worst, max(size[1:]) / min(size[1:]))
+                        group = "attention logits" if what.startswith("attention") else "blocks and head"
+                        worst[group] = max(worst[group], max(size[1:]) / min(size[1:]))
                 if min(size) > 0:
                     panel.plot(COORD_WIDTHS, size, marker="o", markersize=3, label=what)
             title = "muP" if parametrization == "mup" else "standard"
             panel.set(xscale="log", yscale="log", xticks=COORD_WIDTHS, xticklabels=COORD_WIDTHS,
-                      title=f"{net}, {title}, head_dim {heads}\nlargest ratio over widths 128 to 1024: {worst:.2f}")
+                      title=f"{net}, {title}, head_dim {heads}\n"
+                            f"largest ratio over widths 128 to 1024: {max(worst.values()):.2f}")
             panel.minorticks_off()
-            print(f"{net}, {title}, head_dim {heads}: largest ratio {worst:.2f}")
+            print(f"{net}, {title}, head_dim {heads}: largest ratio "
+                  + ", ".join(f"{ratio:.2f} of {group}" for group, ratio in worst.items()))
     for panel in panels[-1]:
         panel.set_xlabel("width")
     for panel in panels[:, 0]:

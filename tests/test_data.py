@@ -72,6 +72,7 @@ def put(array, index, value):
             "train_tokens.npy, row 7: token 17 is not in [0, 17)",
         ),
         (spoil_array("train_labels.npy", lambda a: put(a, 7, 10)), "row 7: label 10 is not in [0, 10)"),
+        (spoil_array("train_labels.npy", lambda a: put(a, 7, -1)), "row 7: label -1 is not in [0, 10)"),
         (spoil_array("train_labels.npy", lambda a: a[:-1]), "1617 train sequences, but labels of shape (1616,)"),
         (spoil_array("train_tokens.npy", lambda a: a[:, :7]), "train_tokens.npy holds uint16 (1617, 7, 8)"),
         (spoil_array("train_tokens.npy", lambda a: a.astype(float)), "float64"),

@@ -34,6 +34,28 @@ def exact(world, kind):
     return {"planner": world.planner, "denoiser": world.denoiser}
 
 
+def test_the_bounds_are_their_formulas(rng):
+    """Term by term, in loops: the chain that re-noises has no rate from a token to itself."""
+    vocab, t = 4, torch.tensor([[0.3], [0.8]], dtype=torch.float64)
+    x, x0 = torch.tensor([[0, 1, 2], [3, 3, 0]]), torch.tensor([[0, 2, 2], [1, 3, 0]])
+    p = torch.rand(2, 3, generator=rng, dtype=torch.float64)
+    q = torch.rand(2, 3, vocab, generator=rng, dtype=torch.float64).softmax(-1)
+    renoise, leap = [0.0, 0.0], [0.0, 0.0]
+    for b in range(2):
+        level = t[b].item()
+        for d in range(3):
+            noise = 1.0 if x[b, d] != x0[b, d] else level / vocab / (1 - level + level / vocab)
+            mine, right = p[b, d].item(), q[b, d, x0[b, d]].item()
+            leap[b] += (mine - noise - noise * math.log(mine) - noise * math.log(right)) / level
+            for j in set(range(vocab)) - {x[b, d].item()}:
+                redrawn = 1 / (vocab * (1 - level))
+                rate = mine * (q[b, d, j].item() / level + redrawn)
+                truth = noise * ((j == x0[b, d].item()) / level + redrawn)
+                renoise[b] += rate - truth + truth * math.log(truth / rate)
+    assert objectives.renoise_bound(p, q, x, x0, t).tolist() == pytest.approx(renoise)
+    assert objectives.leap_bound(p, q, x, x0, t).tolist() == pytest.approx(leap)
+
+
 @pytest.mark.parametrize("kind, bound", [("maskd", "masked"), ("unid", "renoise"), ("single", "renoise")])
 def test_tight_with_exact_networks(kind, bound):
     world = dense()

@@ -425,11 +425,12 @@ def test_draws_keep_the_tails(rng):
 
 
 def test_truncation():
-    """top-k keeps k ids; top-p keeps the fewest that reach it; temperature sharpens."""
+    """top-k keeps k ids; top-p the fewest that reach it; min-p those near the likeliest; temperature sharpens."""
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     assert samplers.sharpen(logits, 1, 2, 1.0).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
     assert samplers.sharpen(logits, 1, 0, 0.65).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
     assert samplers.sharpen(logits, 1, 0, 0.75).tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
+    assert samplers.sharpen(logits, 1, 0, 1.0, 0.6).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
     assert samplers.sharpen(logits, 0.5, 0, 1.0)[0] == pytest.approx(0.16 / 0.30)
 
 
