@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from diffusion.processes import corrupt, from_self, stratified_t
 
 
+CACHED = 2**18         # logits of GIDD's loss at once on a CPU: about nine passes are made over them
+
+
 class Task(NamedTuple):
     """Inputs of a network, the tokens that enter its loss, and what it should say there."""
     xt: torch.Tensor        # (B, N) int64
@@ -87,30 +90,42 @@ class GiddLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, x0, z, t, weight, p_uniform):
-        vocab = logits.shape[1]
-        c = 2 * p_uniform / (1 - p_uniform) * (t * (1 - t)).sqrt()
-        a, b, total = 1 - t, c / vocab, 1 + c
-        ratio = a / b.clamp_min(torch.finfo(logits.dtype).tiny)         # a / b
-        probs = logits.softmax(-1)                                      # (n, V)
-        at = torch.stack([x0, z.clamp_max(vocab - 1)], 1)               # (n, 2)
-        px, pz = probs.gather(1, at).unbind(1)
-        is_mask, is_clean = z == vocab, z == x0
-        slope = 1 / (1 + ratio[:, None] * probs)                        # (n, V): b / (a p + b)
-        s = -slope.log().sum(-1)                                        # sum_j log(1 + a p_j / b)
-        kl = ((a + b) * ratio.log1p() - a * (ratio * px).log1p() - b * s) / total
-        r = torch.where(is_clean, 1 + ratio, 1.0) / (1 + ratio * pz)    # q_t(z | x0) / q_t(z | p)
-        mismatch = torch.where(is_mask, 0.0, r - r.log() - 1)
-        if ctx.needs_input_grad[0]:
-            h = slope.mul_((-weight * b / total * ratio)[:, None])      # (n, V) dL/dp, in place
-            g = ratio[:, None] / (1 + ratio[:, None] * torch.stack([px, pz], 1))
-            own = torch.stack([-weight * a / total, torch.where(is_mask, 0.0, weight * (1 - r))], 1)
-            h.scatter_add_(1, at, own * g)
-            ctx.save_for_backward(probs.mul_(h.sub_((probs * h).sum(-1, keepdim=True))))
-        return weight * (kl + mismatch)
+        n, vocab = logits.shape
+        block = max(1, CACHED // vocab) if logits.device.type == "cpu" else n
+        grad, losses = torch.empty_like(logits) if ctx.needs_input_grad[0] else None, []
+        for i in range(0, n, block):
+            rows = slice(i, i + block)
+            into = None if grad is None else grad[rows]
+            losses.append(gidd_rows(*(y[rows] for y in (logits, x0, z, t, weight)), p_uniform, into))
+        ctx.save_for_backward(grad)
+        return torch.cat(losses) if losses else weight
 
     @staticmethod
     def backward(ctx, upstream):
-        return ctx.saved_tensors[0] * upstream[:, None], None, None, None, None, None
+        return ctx.saved_tensors[0].mul_(upstream[:, None]), None, None, None, None, None   # once: autograd checks
+
+
+def gidd_rows(logits, x0, z, t, weight, p_uniform, grad=None):
+    """The loss of some rows; its gradient is written to grad (n, V).  -> (n,)"""
+    vocab = logits.shape[1]
+    c = 2 * p_uniform / (1 - p_uniform) * (t * (1 - t)).sqrt()
+    a, b, total = 1 - t, c / vocab, 1 + c
+    ratio = a / b.clamp_min(torch.finfo(logits.dtype).tiny)             # a / b
+    probs = logits.softmax(-1)                                          # (n, V)
+    at = torch.stack([x0, z.clamp_max(vocab - 1)], 1)                   # (n, 2)
+    px, pz = probs.gather(1, at).unbind(1)
+    is_mask, is_clean = z == vocab, z == x0
+    q = (probs * ratio[:, None]).add_(1)                                # (n, V): q_t(j | p) / q_t(j | noise)
+    kl = ((a + b) * ratio.log1p() - a * (ratio * px).log1p() - b * q.log().sum(-1)) / total
+    r = torch.where(is_clean, 1 + ratio, 1.0) / (1 + ratio * pz)        # q_t(z | x0) / q_t(z | p)
+    mismatch = torch.where(is_mask, 0.0, r - r.log() - 1)
+    if grad is not None:
+        h = torch.div((-weight * b / total * ratio)[:, None], q, out=q)                     # dL/dp, in place
+        g = ratio[:, None] / (1 + ratio[:, None] * torch.stack([px, pz], 1))
+        own = torch.stack([-weight * a / total, torch.where(is_mask, 0.0, weight * (1 - r))], 1)
+        h.scatter_add_(1, at, own * g)
+        torch.mul(probs, h.sub_(torch.linalg.vecdot(probs, h)[:, None]), out=grad)
+    return weight * (kl + mismatch)
 
 
 def gidd_weight(x0, z, t, vocab, p_uniform, kind):

@@ -1,0 +1,24 @@
+"""GIDD's published recipe, small: OpenWebText in rows of 512 GPT-2 tokens, 12 layers of width 768 (arXiv:2503.04482).
+python data.py tokens --file F.safetensors --name owt --vocab 50257      `indices` (n, 1, 512), `labels` (n,) of zeros
+torchrun --nproc_per_node=8 train_ddpd.py configs/owt_gidd_small.py --p-uniform 0.1
+512 sequences per iteration on 8 GPUs. Not run on a GPU yet."""
+data = "owt"
+vocab = 50257
+grid = (1, 512)
+n_classes = 1             # one label for all, never dropped
+label_dropout = 0.0
+method = "gidd"
+gidd_weight = "dynamic"
+clean_share = 0.1         # at this vocabulary the head costs more than the blocks
+n_layer = 12
+n_head = 12
+n_embd = 768
+base_width = 768          # so that the published rate is the rate of every tensor
+denoiser_lr = 5e-4
+weight_decay = 0.02
+batch_size = 32
+grad_accumulation_steps = 2
+max_iters = 500_000
+warmup_iters = 10_000
+eval_interval = 5000
+save_interval = 5000
