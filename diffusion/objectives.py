@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from diffusion.processes import corrupt, from_self, stratified_t
 
-
 CACHED = 2**18         # logits of GIDD's loss at once on a CPU: about nine passes are made over them
 
 

@@ -1,7 +1,7 @@
-"""What a large vocabulary costs: forward and backward of four losses, interleaved.   python experiments/head.py [ROUNDS]
+"""What a large vocabulary costs, four losses interleaved.   python experiments/head.py [ROUNDS]
 
-V = 65,536, width 256, 4 layers, 8 sequences of 256 tokens; medians, and ratios of each round. No optimizer step, which
-is the same for all and would flatter the ratios.
+Forward and backward at V = 65,536, width 256, 4 layers, 8 sequences of 256 tokens; medians, ratios of each round. No
+optimizer step: it is the same for all and would flatter the ratios.
 """
 
 import functools
