@@ -17,13 +17,17 @@ class Config:
 
     One process, or as many as torchrun starts. The same command again goes on where the run stopped.
     """
-    method: Literal["ddpd", "gidd"] = "ddpd"    # ddpd: planned denoising, arXiv:2410.06264; gidd: arXiv:2503.04482
+    method: Literal["ddpd", "gidd", "forcing"] = "ddpd"     # arXiv:2410.06264, 2503.04482, 2407.01392
     nets: Literal["pair", "single"] = "pair"    # planner and denoiser, or one uniform denoiser that serves as both
     denoiser_process: Literal["mask", "uniform"] = "mask"   # what the denoiser's noise tokens look like
 
-    p_uniform: float = 0.1                  # gidd: share of uniform noise at t = 1/2, the rest is masks; 0: masks only
-    gidd_weight: Literal["dynamic", "clip", "elbo"] = "dynamic"     # gidd: weight of a token's loss
-    clean_share: float = 1.0                # gidd: share of clean tokens that enter the loss, weighted up
+    p_uniform: float = 0.1                  # gidd, forcing: uniform noise at t = 1/2, the rest masks; 0: masks only
+    weight: Literal["dynamic", "clip", "elbo", "none"] = "dynamic"  # gidd, forcing: of a token's loss; none: plain CE
+    clean_share: float = 1.0                # gidd, forcing: share of clean tokens that enter the loss, weighted up
+    process: Literal["hybrid", "uniform", "mask"] = "hybrid"    # forcing: what its noise is
+    level_group: Literal["frame", "token", "shared", "next"] = "frame"  # forcing: what has a noise level of its own
+    staircase_share: float = 0.25           # forcing: share of levels as a rollout asks for them, not independent
+    causal: bool = False                    # a frame attends to itself and those before it only
 
     data: str = "digits"                    # one of sources/, or a folder under data/
     image_size: int = 32                    # tokens per side, where a source makes them
@@ -70,7 +74,7 @@ class Config:
 
     # A run goes on only with these unchanged; all others may change from one start to the next.
     FIXED: typing.ClassVar = tuple("""
-        method nets denoiser_process p_uniform data image_size levels n_layer n_head n_embd base_width base_head_dim
+        method nets denoiser_process p_uniform process level_group causal data image_size levels n_layer n_head n_embd base_width base_head_dim
         batch_size overfit overfit_noise seed
     """.split())
 
@@ -82,12 +86,23 @@ class Config:
     def kind(self):
         return kind_of(vars(self))
 
+    @property
+    def noise(self):
+        return noise_of(vars(self))
+
 
 def kind_of(config):
     """The name under which samplers.FITS lists what a run's networks can do.  config: a Config's dict"""
-    if config["method"] == "gidd":
-        return "gidd"
+    if config["method"] != "ddpd":
+        return config["method"]
     return "single" if config["nets"] == "single" else {"mask": "maskd", "uniform": "unid"}[config["denoiser_process"]]
+
+
+def noise_of(config):
+    """What the denoiser's noise is: the process, and p_uniform of "hybrid".  config: a Config's dict"""
+    kind = kind_of(config)
+    process = config["process"] if kind == "forcing" else {"maskd": "mask", "gidd": "hybrid"}.get(kind, "uniform")
+    return process, config["p_uniform"] if process == "hybrid" else 0.0
 
 
 def nearest(key, keys):
@@ -181,6 +196,8 @@ def check(cfg):
             raise SystemExit(f"{name} is {getattr(cfg, name)}; it must lie in [0, 1]")
     if not 0 <= cfg.p_uniform < 1 or not 0 < cfg.clean_share <= 1:
         raise SystemExit(f"p_uniform {cfg.p_uniform} must lie in [0, 1), clean_share {cfg.clean_share} in (0, 1]")
+    if not 0 <= cfg.staircase_share <= 1:
+        raise SystemExit(f"staircase_share is {cfg.staircase_share}; it must lie in [0, 1]")
     if bool(cfg.vocab) != bool(cfg.grid) or min(cfg.grid, default=1) < 1 or (cfg.n_classes and not cfg.vocab):
         raise SystemExit(f"vocab {cfg.vocab}, grid {cfg.grid} and n_classes {cfg.n_classes} are stated together: "
                          "ids, tokens per axis, classes")

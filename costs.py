@@ -18,7 +18,7 @@ def of_step(shape, kind, batch_size, device, context):
     nets = {name: model.build_one(shape, name, kind, "meta") for name in model.names_of(kind)}
     n_params = sum(p.numel() for net in nets.values() for p in net.parameters())
     block = model.Block(shape).to(device)
-    cos, sin = (torch.ones(n, shape.head_dim // 2, device=device) for _ in range(2))
+    turns = [[torch.ones(n, shape.head_dim // 2, device=device)] * 2] * 2
     own = {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def run(b):
@@ -31,7 +31,7 @@ def of_step(shape, kind, batch_size, device, context):
         x = torch.randn(b, n, d, device=device, requires_grad=True)
         began = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y), context:
-            y = block(x, torch.randn(b, model.N_CONTEXT, d, device=device), cos, sin)
+            y = block(x, torch.randn(b, model.N_CONTEXT, d, device=device), turns)
         y.sum().backward()
         x.grad.sum().item()                                             # waits for the device
         return sum(size for where, size in kept.items() if where not in own), time.perf_counter() - began
@@ -42,7 +42,7 @@ def of_step(shape, kind, batch_size, device, context):
     rate = 3 * forward * b / min(run(b)[1] for _ in range(3))
     flops, logits = len(nets) * depth * 3 * forward * batch_size, 0
     for net in nets.values():
-        is_all = net.head == "planner" or kind in ("single", "gidd")     # else noise tokens: half of them on average
+        is_all = net.head == "planner" or kind in ("single", "gidd", "forcing")     # else noise tokens: half of them on average
         rows = batch_size * n // (1 if is_all else 2)
         chunk = min(rows, max(1, model.LOGITS_PER_CHUNK // net.readout.out_features))
         flops += 6 * rows * d * net.readout.out_features

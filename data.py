@@ -31,6 +31,7 @@ class Make:
     length: int = 0         # bytes per sequence, where the source is text; 0: its own
     vocab: int = 0          # ids, where the source's file holds tokens; 0: the largest and those below
     tokenizer: str = ""     # whose tokens they are: warns of ids that it never writes
+    stochastic: bool = False    # bounce: a new velocity at every wall
 
 
 class Split:
@@ -97,9 +98,41 @@ def read_meta(folder):
     for key, value in meta.items():
         if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
             raise SystemExit(f"{path}: {key} {value!r} leaves the folder")
-    if meta["given"]:
-        raise SystemExit(f"{path}: tokens that are always given are not supported yet")
+    for y in meta["given"]:
+        if not (is_index(y, meta["vocab"]) or isinstance(y, list) and len(y) == len(meta["grid"])
+                and all(map(is_index, y, meta["grid"]))):
+            raise SystemExit(f"{path}: given {y!r} is neither an id below {meta['vocab']} nor a place on the grid")
+    if meta.get("score", "") not in ("", *source_names()):
+        raise SystemExit(f"{path}: score {meta['score']!r} names no file in sources/")
     return meta
+
+
+def is_index(y, limit):
+    return type(y) is int and 0 <= y < limit
+
+
+def given(meta, tokens):
+    """What is always given: tokens of the ids and at the places that meta names.  (B, N) -> (B, N) bool tensor or None"""
+    import torch
+
+    if not meta["given"]:
+        return None
+    ids = torch.tensor([y for y in meta["given"] if isinstance(y, int)], dtype=tokens.dtype, device=tokens.device)
+    out = torch.isin(tokens, ids)
+    for place in (y for y in meta["given"] if isinstance(y, list)):
+        out[:, np.ravel_multi_index(place, meta["grid"])] = True
+    return out
+
+
+def context(meta, tokens, n_frames=2):
+    """What a sampler is told of real tokens: those that are given, and the first frames of a video.  -> bool or None"""
+    import torch
+
+    out = given(meta, tokens)
+    if len(meta["grid"]) == 3 and n_frames:
+        out = torch.zeros_like(tokens, dtype=torch.bool) if out is None else out
+        out[:, :n_frames * math.prod(meta["grid"][1:])] = True
+    return out
 
 
 def is_palette(colours, vocab):

@@ -28,12 +28,15 @@ class Shape:
     n_embd: int
     base_width: int         # the width at which the lr on the command line is each group's lr
     base_head_dim: int = 0  # head_dim at base_width; 0: the same at every width
+    causal: bool = False    # a frame sees itself and those before it
 
     def __post_init__(self):
         if self.n_embd % self.n_head or self.head_dim % 2:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads of even width")
         if self.head_dim // 2 < len(axes(self.grid)):
             raise ValueError(f"head width {self.head_dim} has too few pairs for the axes of grid {self.grid}")
+        if self.causal and len(self.grid) != 3:
+            raise ValueError(f"causal needs a grid of frames, rows and columns, not {self.grid}")
 
     @property
     def head_dim(self):
@@ -42,6 +45,11 @@ class Shape:
     @property
     def n_tokens(self):
         return math.prod(self.grid)
+
+    @property
+    def n_places(self):
+        """Tokens that stand at different places: those of a frame of a video, in which a window may slide."""
+        return math.prod(self.grid[-2:]) if len(self.grid) == 3 else self.n_tokens
 
 
 def axes(grid):
@@ -78,6 +86,31 @@ def attend(q, k, v, scale):
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+class Causal:
+    """Frame-causal attention: a frame sees itself and the window - 1 frames before it, in products without a mask.
+
+    Keys and values of the first `keep` frames of a call are kept for all later ones. A cache serves one set of rows.
+    """
+
+    def __init__(self, shape):
+        self.size, self.window = shape.n_places, shape.grid[0]
+        self.kept, self.n_kept, self.keep = [None] * shape.n_layer, 0, 0
+
+    def attend(self, layer, q, k, v, scale):
+        """As attend(), q, k and v (B, H, frames * size, d) of frames that follow the kept ones."""
+        new, size = q.shape[2] // self.size, self.size
+        if self.kept[layer] is not None:
+            k, v = (torch.cat([old, y], 2) for old, y in zip(self.kept[layer], (k, v), strict=True))
+        past, out = k.shape[2] // size - new, []
+        for i in range(new):
+            seen = slice(max(0, past + i + 1 - self.window) * size, (past + i + 1) * size)
+            out.append(attend(q[:, :, i * size:(i + 1) * size], k[:, :, seen], v[:, :, seen], scale))
+        if self.keep:
+            held = slice(max(0, past + self.keep - self.window + 1) * size, (past + self.keep) * size)
+            self.kept[layer] = k[:, :, held], v[:, :, held]
+        return torch.cat(out, 2)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the context and MLP side by side: one matrix in, one matrix out."""
 
@@ -90,13 +123,14 @@ class Block(nn.Module):
         self.context_kv = nn.Linear(d, 2 * d, bias=False)
         self.out = nn.Linear(6 * d, d, bias=False)
 
-    def forward(self, x, context, cos, sin):                            # (B, N, D), (B, S, D)
+    def forward(self, x, context, turns, look=None, layer=0):           # (B, N, D), (B, S, D)
+        (cos, sin), (cos_c, sin_c) = turns                              # of tokens, and of tokens as the context sees them
         *qkvc, hidden = self.into(norm(x)).split(self.split, -1)
         q, k, v, c = (rearrange(y, "b n (h d) -> b h n d", h=self.n_head) for y in qkvc)
         ck, cv = rearrange(self.context_kv(context), "b s (two h d) -> two b h s d", two=2, h=self.n_head)
         q, k = (rotate(norm(y), cos, sin).to(v.dtype) for y in (q, k))
-        own = attend(q, k, v, self.scale)
-        c = rotate(norm(c), cos, sin).to(v.dtype)                       # the context stands at the grid's origin
+        own = attend(q, k, v, self.scale) if look is None else look.attend(layer, q, k, v, self.scale)
+        c = rotate(norm(c), cos_c, sin_c).to(v.dtype)                   # the context stands at the grid's origin
         given = attend(c, norm(ck).to(v.dtype), cv, self.scale)
         own, given = (rearrange(y, "b h n d -> b n (h d)") for y in (own, given))
         return x + self.out(torch.cat([own, given, F.relu(hidden).square()], -1))
@@ -114,7 +148,7 @@ class Transformer(nn.Module):
         d = shape.n_embd
         self.embed = nn.Embedding(shape.vocab + 1, d)
         self.context = nn.Embedding(shape.n_classes + 1, N_CONTEXT * d)
-        self.place = nn.Embedding(shape.n_tokens, d)                    # RoPE alone cannot find the border
+        self.place = nn.Embedding(shape.n_places, d)                    # RoPE alone cannot find the border
         self.level = nn.Linear(N_LEVEL_FEATURES, d, bias=False) if is_told_t else None
         self.blocks = nn.ModuleList([Block(shape) for _ in range(shape.n_layer)])
         self.readout = nn.Linear(d, {"planner": 1, "denoiser": shape.vocab}[head], bias=False)
@@ -130,23 +164,55 @@ class Transformer(nn.Module):
             else:                                                       # readouts, and what is added to the residual
                 nn.init.zeros_(p)
 
-    def hidden(self, x, t, label):
-        """The last residual, normalised: what the head reads.  -> (B, N, D)"""
-        h = self.embed(x) + self.place.weight                           # (B, N, D)
+    def hidden(self, x, t, label, cache=None, keep=0):
+        """The last residual, normalised: what the head reads.  -> (B, N, D)
+
+        cache: a Causal; x are then frames that follow those it holds, and it keeps the first `keep` of them
+        """
+        n_frames = x.shape[1] // self.shape.n_places                    # 1 where the grid is no video
+        h = self.embed(x) + self.place.weight.repeat(n_frames, 1)       # (B, N, D)
         if self.is_told_t:
             h = h + self.level(level_features(t))                       # (B, 1, D) or (B, N, D)
         context = norm(self.context(label).view(len(x), N_CONTEXT, -1))
-        for block in self.blocks:
-            h = block(h, context, self.cos, self.sin)
+        look = (cache or Causal(self.shape)) if self.shape.causal else None
+        first = look.n_kept if look else 0
+        turns = self.turns(first, n_frames)
+        if look:
+            look.keep = keep
+        for i, block in enumerate(self.blocks):
+            h = block(h, context, turns, look, i)
+        if look:
+            look.n_kept += keep
         return norm(h)
+
+    @property
+    def is_causal(self):
+        return self.shape.causal
+
+    def new_cache(self):
+        return Causal(self.shape)
+
+    def turns(self, first, n_frames):
+        """Rotations of the tokens of some frames; the context sees each frame as the first, so that a window can slide.
+
+        -> (cos, sin), (cos, sin), each (N, head_dim / 2)
+        """
+        size, last = self.shape.n_places, first + n_frames
+        own, start = (self.cos, self.sin), (self.cos[:size].repeat(n_frames, 1), self.sin[:size].repeat(n_frames, 1))
+        if size == self.shape.n_tokens:
+            return own, own
+        if last > self.shape.grid[0]:                                   # frames past the training horizon
+            angles = rope_angles((last, *self.shape.grid[1:]), self.shape.head_dim).to(self.cos.device)
+            own = angles.cos(), angles.sin()
+        return tuple(y[first * size:last * size] for y in own), start
 
     def logits(self, h):
         """The head: (..., D) -> (..., V), or (...,) for a planner."""
         y = self.readout(h) * (self.shape.base_width / self.shape.n_embd)
         return y if self.head == "denoiser" else y.squeeze(-1)
 
-    def forward(self, x, t, label, sites=None):
-        h = self.hidden(x, t, label)
+    def forward(self, x, t, label, sites=None, cache=None, keep=0):
+        h = self.hidden(x, t, label, cache, keep)
         if sites is not None:
             h = h.gather(1, sites[..., None].expand(-1, -1, h.shape[-1]))
         return self.logits(h).float()
@@ -228,7 +294,7 @@ def param_groups(net, lr, weight_decay):
 
 
 def names_of(kind):
-    return ("denoiser",) if kind in ("single", "gidd") else ("planner", "denoiser")
+    return ("denoiser",) if kind in ("single", "gidd", "forcing") else ("planner", "denoiser")
 
 
 def build_one(shape, name, kind, device="cpu"):
@@ -244,7 +310,8 @@ def build(shape, kind):
 def shape_of(config, meta):
     """Shape from a run's config and its data's meta, both dicts."""
     names = ["n_layer", "n_head", "n_embd", "base_width", "base_head_dim"]
-    return Shape(tuple(meta["grid"]), meta["vocab"], meta["n_classes"], **{k: config[k] for k in names})
+    return Shape(tuple(meta["grid"]), meta["vocab"], meta["n_classes"], **{k: config[k] for k in names},
+                 causal=config.get("causal", False))
 
 
 def from_checkpoint(state, kind, device):

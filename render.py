@@ -7,7 +7,8 @@ import numpy as np
 TILE = 128              # pixels per side of a picture of one sequence, about
 GAP = 8
 MAX_FRAMES = 240        # a longer run is shown every few steps
-WRITTEN, KNOWN, MASK = (255, 140, 0), (60, 160, 255), (90, 60, 140)
+WRITTEN, KNOWN, MASK, WRONG = (255, 140, 0), (60, 160, 255), (90, 60, 140), (255, 60, 60)
+STRIP, CELL = 16, 5     # frames of a video side by side, pixels per token of them
 LINE, GLYPH_W, GLYPH_H = 32, 10, 20     # characters per line of text, pixels of each
 BACKGROUND, TEXT = (24, 24, 28), (235, 235, 235)
 
@@ -57,12 +58,12 @@ def glyphs():
 def pictures(tokens, meta, decoder=None):
     """One picture per sequence.  tokens (n, *grid) -> (n, H, W, 3) uint8; decoder: tokens -> (n, 3, H, W) in [-1, 1]"""
     if decoder is None:
-        tokens = flat(tokens)
+        wide, tokens = tokens.ndim == 4, flat(tokens)
         if meta["palette"] == "text":
             cells = glyphs()[tokens]                                    # (n, h, w, GLYPH_H, GLYPH_W, 3)
             n, h, w = tokens.shape
             return cells.transpose(0, 1, 3, 2, 4, 5).reshape(n, h * GLYPH_H, w * GLYPH_W, 3)
-        scale = max(1, round(TILE / max(tokens.shape[1:])))
+        scale = max(1, round((4 * TILE if wide else TILE) / max(tokens.shape[1:])))
         return palette(meta)[tokens].repeat(scale, 1).repeat(scale, 2)
     import torch
 
@@ -140,9 +141,11 @@ def name_of(label, meta):
     return meta["class_names"][label] if label < meta["n_classes"] else "no label"
 
 
-def samples_png(path, tokens, labels, meta, decoder=None):
-    """A labelled grid of finished sequences.  tokens (n, h, w), labels (n,)"""
+def samples_png(path, tokens, labels, meta, decoder=None, wrong=None):
+    """A labelled grid of finished sequences, wrong cells framed.  tokens (n, *grid), labels (n,), wrong as tokens"""
     tiles = pictures(tokens, meta, decoder)
+    for tile, where in zip(tiles, flat(wrong), strict=True) if wrong is not None else ():
+        outline(tile, where, WRONG)
     n, height, width = tiles.shape[:3]
     columns = min(n, 10 if width < 200 else 3)
     canvas = Canvas(GAP + columns * (width + GAP), GAP + math.ceil(n / columns) * (height + 20 + GAP))
@@ -153,20 +156,63 @@ def samples_png(path, tokens, labels, meta, decoder=None):
     canvas.image.save(path)
 
 
-def planner_frames(states, labels, meta, decoder=None, known=None):
-    """Frames of a run: per sequence the state, sites just written in orange, known ones in blue, and the planner's map.
+def rollout_frames(states, levels, real, known, meta):
+    """Frames of a video's rollout: what is made over what is real, context framed in blue, finished frames that are
+    wrong in red, and under each frame its noise level as a bar.
+
+    states: as of planner_frames, levels (steps, F) after each, real (n, F, h, w) or None, known (n, F, h, w) bool
+    """
+    colours, n, n_frames = palette(meta), len(states[0][0]), states[0][0].shape[1]
+    h, w = (CELL * y for y in states[0][0].shape[2:])
+    lines, across = math.ceil(n_frames / STRIP), min(n_frames, STRIP)
+    tall = (h + 10) + (h + 4) * (real is not None)
+    columns = 1 if across > STRIP // 2 else 2
+    wide, high = 50 + across * (w + 4) + GAP, lines * tall + 14
+    stride = math.ceil(len(states) / MAX_FRAMES)
+    for step in sorted({*range(0, len(states), stride), len(states) - 1}):
+        x, nfe, level = states[step][0], states[step][3], levels[step]
+        canvas = Canvas(GAP + min(n, columns) * wide, 40 + math.ceil(n / columns) * high)
+        canvas.text(f"step {step + 1} of {len(states)}", GAP, 10, 18)
+        canvas.text(f"NFE {nfe.mean():.0f}", GAP + 180, 10, 18)
+        for k, (word, colour) in enumerate([("context", KNOWN), ("wrong", WRONG)]):
+            canvas.draw.rectangle((GAP + 290 + 90 * k, 14, GAP + 302 + 90 * k, 26), outline=colour, width=2)
+            canvas.text(word, GAP + 308 + 90 * k, 11, 15)
+        for i, f in ((i, f) for i in range(n) for f in range(n_frames)):
+            left = GAP + i % columns * wide + 50 + f % STRIP * (w + 4)
+            top = 40 + i // columns * high + f // STRIP * tall
+            if f % STRIP == 0:
+                canvas.text("made", left - 46, top + h // 2, 14, "lm")
+                if real is not None:
+                    canvas.text("real", left - 46, top + h + 10 + h // 2, 14, "lm")
+            tile = colours[x[i, f]].repeat(CELL, 0).repeat(CELL, 1)
+            is_wrong = real is not None and level[f] == 0 and (x[i, f] != real[i, f]).any()
+            if known[i, f].all() or is_wrong:
+                tile[:2], tile[-2:], tile[:, :2], tile[:, -2:] = (KNOWN if known[i, f].all() else WRONG,) * 4
+            canvas.paste(tile, left, top)
+            canvas.draw.rectangle((left, top + h + 2, left + w - 1, top + h + 6), fill=(60, 60, 66))
+            if level[f] > 0:
+                canvas.draw.rectangle((left, top + h + 2, left + round((w - 1) * float(level[f])), top + h + 6), fill=WRITTEN)
+            if real is not None:
+                canvas.paste(colours[real[i, f]].repeat(CELL, 0).repeat(CELL, 1), left, top + h + 10)
+        yield canvas.array()
+
+
+def planner_frames(states, labels, meta, decoder=None, known=None, real=None, wrong=None):
+    """Frames of a run: per sequence the state, sites just written in orange, known ones in blue, and the planner's map;
+    where there is one, the real sequence, and cells that are wrong in the end in red.
 
     states: a list of (x, p_noise, written (n, h, w) arrays, nfe) per step  ->  yields (H, W, 3) uint8
     """
-    n = len(labels)
+    n, wide = len(labels), 2 + (real is not None)
     columns = min(n, 3 if n in (3, 6, 9) else 4 if n in (7, 8) else 5)
+    truth = None if real is None else pictures(real, meta, decoder)
     columns = min(columns, 2) if meta["palette"] == "text" else columns
     stride = math.ceil(len(states) / MAX_FRAMES)
     for step in sorted({*range(0, len(states), stride), len(states) - 1}):
         x, p_noise, written, nfe = states[step]
         tiles = pictures(x, meta, decoder)
         height, width = tiles.shape[1:3]
-        cell_w, cell_h = 2 * width + 2 + 2 * GAP, height + 22 + GAP
+        cell_w, cell_h = wide * (width + 2) + 2 * GAP - 2, height + 22 + GAP
         bar_x = GAP + columns * cell_w
         canvas = Canvas(bar_x + 84, 40 + math.ceil(n / columns) * cell_h + 2)
         canvas.text(f"step {step + 1} of {len(states)}", GAP, 10, 18)
@@ -181,9 +227,14 @@ def planner_frames(states, labels, meta, decoder=None, known=None):
             left, top = GAP + i % columns * cell_w, 40 + i // columns * cell_h
             canvas.text(name_of(labels[i], meta), left, top, 15)
             canvas.text(f"noise {p_noise[i].sum():.1f}", left + 2 * width + 2, top, 15, "ra")
+            if real is not None:
+                canvas.text("real", left + 2 * width + 4, top, 15)
+                canvas.paste(truth[i], left + 2 * width + 4, top + 20)
             if known is not None:
                 outline(tiles[i], flat(known)[i], KNOWN)
             outline(tiles[i], flat(written)[i], WRITTEN)
+            if wrong is not None and step == len(states) - 1:
+                outline(tiles[i], flat(wrong)[i], WRONG)
             canvas.paste(tiles[i], left, top + 20)
             canvas.paste(stretch(heat(flat(p_noise)[i]), (height, width)), left + width + 2, top + 20)
         bar_h = math.ceil(n / columns) * cell_h - 22 - GAP

@@ -16,7 +16,9 @@ class Flags:
     labels: tuple[int, ...] = ()            # one sample for each; (): one per class up to 10 classes, else 8
     n_steps: int = 64                       # steps; planned denoising calls two networks in each (one: --nets single)
     seed: int = 0                           # of the noise and every draw
-    sampler: Literal["", "ddpd", "ancestral", "confidence", "remdm"] = ""   # "": the first that fits
+    sampler: Literal["", "ddpd", "ancestral", "confidence", "remdm", "rollout"] = ""    # "": the first that fits
+    context: int = 2                        # videos: frames of held-out ones that are given
+    frames: int = 0                         # videos: frames in all; 0: as many as the data has
     correct: int = 0                        # steps of self-correction after the sampler, k tokens in each (gidd runs)
     # Of the sampler. Only flags that are given are passed on; one that the sampler does not have is refused.
     schedule: str = ""                      # ddpd: spread, fixed, one, leap; confidence: arccos, cosine, linear
@@ -29,6 +31,9 @@ class Flags:
     temperature_end: float = 0.0            # MaskGIT: where the temperature, falling evenly, ends; 0: it stays
     remask: Literal["confidence", "rescale", "cap"] = "confidence"  # ReMDM: which tokens are masked again
     eta: float = 0.2                        # ReMDM: how much of what may be masked again is
+    lag: int = -1                           # rollout: steps between frames; -1: frame by frame; 0: all together
+    stabilise: float = 0.0                  # rollout: noise level told of finished frames, that it may distrust them
+    context_level: float = 0.0              # rollout: noise level told of known tokens, if they are not to be trusted
     temperature: float = 1.0                # of the denoiser
     top_k: int = 0                          # likeliest tokens the denoiser draws from; 0: all
     top_p: float = 1.0                      # probability mass it draws from, in (0, 1]
@@ -41,7 +46,7 @@ class Flags:
     decoder: str = ""                       # TorchScript file, tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
 
 
-OWN = ("run", "labels", "n_steps", "seed", "sampler", "correct", "known", "n_video", "decoder")     # of this script
+OWN = """run labels n_steps seed sampler context frames correct known n_video decoder""".split()     # of this script
 
 if __name__ == "__main__":
     flags = config.load(Flags)
@@ -56,6 +61,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import model
 import render
 import runtime
@@ -93,6 +99,23 @@ def load_known(path, meta, labels):
     return *(torch.from_numpy(y) for y in pair), labels
 
 
+def held_out(cfg, meta, flags, labels, device):
+    """Held-out sequences to go on from: their context, and what is real.  -> real (n, *grid), given, known, labels"""
+    n = len(labels) or 8
+    x0, own = data.load(cfg["data"], cfg["image_size"], cfg["levels"])[1]["val"].some(n)
+    frames = flags.frames
+    real = x0.reshape(n, *meta["grid"])
+    if frames and frames <= len(real[0]):
+        real = real[:, :frames]
+    elif frames:                                                        # what comes after may have more than one answer
+        is_certain = meta.get("is_certain", False)
+        real = data.import_source(meta["score"]).truth(real, frames) if is_certain else np.pad(
+            real, [(0, 0), (0, frames - len(real[0])), (0, 0), (0, 0)])
+    given = torch.from_numpy(real.reshape(n, -1)).to(device)
+    known = data.context(meta, given, flags.context)
+    return real, given, torch.zeros_like(given, dtype=torch.bool) if known is None else known, labels or own.tolist()
+
+
 def main(flags):
     device = runtime.pick_device()
     if flags.seed < 0 or flags.n_video < 0:
@@ -111,11 +134,19 @@ def main(flags):
     if (flags.guidance, flags.planner_guidance) != (1, 1) and not (state["config"]["label_dropout"] and n_classes):
         raise SystemExit(f"{flags.run} was trained without labels or their dropout: nothing to guide away from")
     decoder = render.load_decoder(flags.decoder, meta, device) if flags.decoder else None
+    grid, real = list(meta["grid"]), None
+    is_video = len(grid) == 3
+    if flags.frames and not is_video or flags.frames < 0 or flags.context < 0:
+        raise SystemExit("--frames and --context are numbers of a video's frames")
+    if not flags.known and (is_video or meta["given"]):
+        real, given, known, labels = held_out(state["config"], meta, flags, labels, device)
+        grid = list(real.shape[1:])
+        real = None if grid[0] > meta["grid"][0] and not meta.get("is_certain") else real
     nets = model.from_checkpoint(state, kind, device)
 
     options = {f.name: getattr(flags, f.name) for f in fields(flags)
                if f.name not in OWN and getattr(flags, f.name) != f.default}
-    sampler, p_uniform = flags.sampler or samplers.FITS[kind][0], state["config"].get("p_uniform", 0.0)
+    sampler, (process, p_uniform) = flags.sampler or samplers.FITS[kind][0], config.noise_of(state["config"])
     stages = [sampler, *["self_correct"] * (flags.correct > 0)]
     for name in options:
         if not any(name in samplers.options_of(stage) for stage in stages):
@@ -128,17 +159,18 @@ def main(flags):
     rng = runtime.generator(flags.seed, device=device)
     n_shown, began = min(flags.n_video, len(labels)), time.perf_counter()
     label, nfe, shown, s = torch.tensor(labels, device=device), 0, {}, None
-    grids = lambda y: y[:n_shown].unflatten(1, meta["grid"]).cpu().numpy()  # noqa: E731
+    grids = lambda y: y[:n_shown].unflatten(1, grid).cpu().numpy()  # noqa: E731
     for stage in stages:
         own = {k: v for k, v in options.items() if k in samplers.options_of(stage)}
         if stage == "self_correct":
             own.pop("temperature", None)                                # it has one of its own
             given = before = s.x
         n_steps = flags.correct if stage == "self_correct" else flags.n_steps
-        frames = shown.setdefault("correct" if stage == "self_correct" else "planner", [])
+        frames = shown.setdefault({"self_correct": "correct", "rollout": "rollout"}.get(stage, "planner"), [])
         with runtime.one_line_errors(ValueError), runtime.autocast(device, state["config"]["dtype"]):
             steps = samplers.run(stage, kind, nets, label, meta=meta, generator=rng, n_steps=n_steps, given=given,
-                                 known=known, p_uniform=p_uniform, **own)
+                                 known=known, p_uniform=p_uniform, process=process, frames=flags.frames * is_video,
+                                 context=flags.context, **own)
             first = next(steps)                                         # a refusal comes before the bar
             for s in tqdm(itertools.chain([first], steps), total=n_steps + flags.refine, unit="step"):
                 if n_shown:
@@ -146,7 +178,7 @@ def main(flags):
         nfe = nfe + s.nfe
         if stage == "self_correct":
             print(f"self-correction changed {(s.x != before).sum()} of {s.x.numel()} tokens")
-    tokens = s.x.view(-1, *meta["grid"]).cpu().numpy()
+    tokens = s.x.view(-1, *grid).cpu().numpy()
     seconds = time.perf_counter() - began
     print(f"{len(labels)} samples, {nfe.float().mean():.1f} NFE each, {seconds:.1f} s on {device}")
 
@@ -154,13 +186,24 @@ def main(flags):
     settings = json.dumps({**asdict(flags), "it": state["it"], "nfe": nfe.tolist(), "commit": runtime.commit()})
     with runtime.one_line_errors(OSError):
         np.savez(folder / "samples.npz", tokens=tokens, labels=np.array(labels), settings=settings)
-        render.samples_png(folder / "samples.png", tokens, labels, meta, decoder)
+        source = data.import_source(meta["score"]) if known is not None and meta.get("score") else None
+        wrong = source.wrong(tokens, real) if source and real is not None else None
+        render.samples_png(folder / "samples.png", tokens, labels, meta, decoder, wrong)
         for name, frames in shown.items():
+            marked = grids(known) if known is not None else None
+            if frames and is_video and kind == "forcing":
+                lag = 0 if sampler == "ancestral" else flags.lag
+                levels = samplers.staircase_of(meta["grid"], flags.n_steps, flags.frames, lag, flags.context)[1:].numpy()
+                shown_real = None if real is None else real[:n_shown]
+                pictures = render.rollout_frames(frames, levels, shown_real, marked, meta)
+            elif frames:
+                shown_real, shown_wrong = (None if y is None else y[:n_shown] for y in (real, wrong))
+                pictures = render.planner_frames(frames, labels[:n_shown], meta, decoder, marked, shown_real, shown_wrong)
             if frames:
-                marked = grids(known) if flags.known else None
-                pictures = render.planner_frames(frames, labels[:n_shown], meta, decoder, marked)
                 render.write_video(folder / name, pictures)
                 written += [f"{name}.mp4", f"{name}.gif"]
+    if source:
+        print(", ".join(f"{name} {value.mean():.1%}" for name, value in source.score(tokens, real).items()))
     if meta["palette"] == "text":
         for text in tokens.reshape(len(tokens), -1):
             print("---\n" + bytes(text.astype(np.uint8)).decode(errors="replace"))

@@ -50,16 +50,26 @@ class Losses(nn.Module):
 
 def losses_of(cfg):
     """{name of a network: its loss of (logits (n, V), target (n,), ...) -> (n,)}"""
-    if cfg.method == "gidd":
-        return {"denoiser": functools.partial(objectives.gidd_loss, p_uniform=cfg.p_uniform)}
-    return objectives.LOSSES
+    if cfg.method == "ddpd":
+        return objectives.LOSSES
+    process, p_uniform = cfg.noise
+    plain = {"denoiser": objectives.plain_loss}
+    return plain if cfg.weight == "none" else {
+        "denoiser": functools.partial(objectives.gidd_loss, p_uniform=p_uniform, process=process)}
 
 
-def make_tasks(cfg, x0, t, label, vocab, rng):
-    """What the networks of this config learn from a batch.  -> {name: Task}"""
+def make_tasks(cfg, meta, x0, t, label, rng):
+    """What the networks of this config learn from a batch; t (B, 1) is drawn anew by forcing.  -> {name: Task}"""
+    known, vocab = data.given(meta, x0), meta["vocab"]
+    if cfg.method == "ddpd":
+        return objectives.ddpd(x0, t, label, vocab, rng, cfg.nets, cfg.denoiser_process, known)
+    process, p_uniform = cfg.noise
+    how = (label, vocab, rng, p_uniform, cfg.weight, cfg.clean_share, process, known)
     if cfg.method == "gidd":
-        return objectives.gidd(x0, t, label, vocab, rng, cfg.p_uniform, cfg.gidd_weight, cfg.clean_share)
-    return objectives.ddpd(x0, t, label, vocab, rng, cfg.nets, cfg.denoiser_process)
+        return objectives.gidd(x0, t, *how)
+    frames = x0.shape[1] if cfg.level_group == "token" else meta["grid"][0]
+    levels = processes.draw_levels(len(x0), frames, cfg.level_group, cfg.staircase_share, rng, process == "hybrid")
+    return objectives.forcing(x0, levels, *how)
 
 
 def draw_tasks(cfg, meta, split, order, it, g, n_groups):
@@ -74,7 +84,7 @@ def draw_tasks(cfg, meta, split, order, it, g, n_groups):
     if not cfg.overfit:
         label = objectives.drop_labels(label, meta["n_classes"], cfg.label_dropout, rng)
     t = processes.stratified_t(len(x0), rng)
-    return make_tasks(cfg, x0, t, label, meta["vocab"], rng)
+    return make_tasks(cfg, meta, x0, t, label, rng)
 
 
 def lr_factor(it, cfg):
@@ -91,11 +101,12 @@ def validate(cfg, meta, nets, split, device):
     from sklearn.metrics import roc_auc_score
 
     rng, n = runtime.generator(EVAL), cfg.eval_sequences                # the same draws for every seed
+    process, p_uniform = cfg.noise
     x0, label = (torch.from_numpy(y) for y in split.some(n))
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
     seen = {name: [] for name in nets}                                  # rows of (t, target, loss, verdict)
     for b in torch.arange(n).split(64):
-        tasks = make_tasks(cfg, x0[b], t[b], label[b], meta["vocab"], rng)
+        tasks = make_tasks(cfg, meta, x0[b], t[b], label[b], rng)
         for name, task in tasks.items():
             net, loss, at = nets[name], losses_of(cfg)[name], task.t.expand(task.xt.shape).flatten()[task.sites]
             task = task.to(device)
@@ -112,7 +123,7 @@ def validate(cfg, meta, nets, split, device):
     for name, rows in seen.items():
         at, target, loss, verdict = torch.cat(rows).double().unbind(-1)
         short, second = ("bce", "auroc") if name == "planner" else ("ce", "accuracy")
-        short = "loss" if cfg.method == "gidd" else short
+        short = "loss" if cfg.method != "ddpd" and cfg.weight != "none" else short
         groups = [torch.ones_like(at, dtype=torch.bool), *((at * N_BINS).long() == i for i in range(N_BINS))]
         first, other = [], []
         for g in groups:
@@ -126,20 +137,24 @@ def validate(cfg, meta, nets, split, device):
             out[f"val_{name}_{metric}"], out[f"val_{name}_{metric}_bins"] = values[0], values[1:]
     with runtime.autocast(device, cfg.dtype):
         bounds = objectives.bits_per_token(nets, cfg.kind, x0.to(device), label.to(device), meta["vocab"], rng,
-                                           cfg.p_uniform)
+                                           p_uniform, process=process, given=data.given(meta, x0.to(device)),
+                                           frames=meta["grid"][0] if len(meta["grid"]) == 3 else 1)
     for name, (bits, error) in bounds.items():                          # bits per token, standard error
         out[f"val_bits_{name}"], out[f"val_bits_{name}_se"] = round(bits, 5), round(error, 5)
     return out
 
 
 @torch.no_grad()
-def draw_samples(cfg, meta, nets, device, it, log, n_steps=32):
-    """samples.png of a few samples, classes in turn, by planned denoising; with the planner's video for wandb"""
+def draw_samples(cfg, meta, nets, split, device, it, log, n_steps=32):
+    """samples.png of a few samples, classes in turn, by the run's first sampler; with its video for wandb"""
     label = torch.arange(cfg.eval_samples, device=device) % max(1, meta["n_classes"])
     rng, shown = runtime.generator(EVAL, device=device), []
+    real = torch.from_numpy(split.some(cfg.eval_samples)[0]).to(device)
+    process, p_uniform = cfg.noise
     with runtime.autocast(device, cfg.dtype):
         for s in samplers.run(samplers.FITS[cfg.kind][0], cfg.kind, nets, label, meta=meta, generator=rng,
-                              n_steps=n_steps, p_uniform=cfg.p_uniform):
+                              n_steps=n_steps, p_uniform=p_uniform, process=process, given=real,
+                              known=data.context(meta, real), context=2):
             if log.wandb:
                 shown.append([y.unflatten(1, meta["grid"]).cpu().numpy() for y in s[:3]] + [s.nfe.cpu().numpy()])
     folder = Path(cfg.out_dir)
@@ -234,7 +249,7 @@ def say_what(cfg, meta, train, nets, world):
                        planner_floor=processes.planner_floor(meta["vocab"]))
         print(f"planner BCE: {processes.BLIND:.4f} nats blind, {processes.LEVEL_ONLY:.4f} reading only the level, "
               f"{floors['planner_floor']:.4f} at best (tokens redrawn as themselves)")
-    if 0 < cfg.overfit <= 64 and cfg.overfit_noise == "fresh" and cfg.method == "ddpd":
+    if 0 < cfg.overfit <= 64 and cfg.overfit_noise == "fresh" and cfg.method == "ddpd" and not meta["given"]:
         x0, label = (torch.from_numpy(y) for y in train.rows(np.arange(min(cfg.overfit, len(train)))))
         by_heart = objectives.floors(x0, label, meta["vocab"], cfg.nets, cfg.denoiser_process, runtime.generator(EVAL))
         floors |= {f"{k}_by_heart": v for k, v in by_heart.items()}
@@ -397,7 +412,7 @@ def main(cfg):
             scores = validate(cfg, meta, ema, splits["val"], world.device)
             log.write(it, **scores)
             if cfg.eval_samples:
-                draw_samples(cfg, meta, ema, world.device, it, log)
+                draw_samples(cfg, meta, ema, splits["val"], world.device, it, log)
             said = {k.removeprefix("val_"): v for k, v in scores.items() if not k.endswith(("_bins", "_se"))}
             bar.write(f"{it:>6}: " + ", ".join(f"{k} {v and round(v, 4)}" for k, v in said.items()))
             clock += time.perf_counter() - paused                       # tokens/s leaves validation out

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from diffusion.processes import corrupt, from_self, stratified_t
+from diffusion.processes import T_MAX, T_MIN, corrupt, from_self, stratified_t
 
 CACHED = 2**18         # logits of GIDD's loss at once on a CPU: about nine passes are made over them
 
@@ -29,40 +29,63 @@ class Task(NamedTuple):
         return Task(*moved[:5], tuple(moved[5:]), self.n)
 
 
-def planner_task(x0, t, label, vocab, generator):
+def level_at(t, x0, given):
+    """The level of each token: 0 where it is given.  t (B, 1) or (B, N), given (B, N) bool or None -> (B, N)"""
+    return t.expand(x0.shape) if given is None else t.expand(x0.shape).masked_fill(given, 0)
+
+
+def planner_task(x0, t, label, vocab, generator, given=None):
     """Which tokens of a uniformly corrupted sequence are noise?   all tokens; arXiv:2410.06264, eq. 8"""
-    xt, is_noise = corrupt(x0, t, "uniform", vocab, generator)
-    return Task(xt, t, label, torch.arange(x0.numel()), is_noise.flatten().float())
+    xt, is_noise = corrupt(x0, level_at(t, x0, given), "uniform", vocab, generator)
+    sites = (torch.ones_like(is_noise) if given is None else ~given).flatten().nonzero()[:, 0]
+    return Task(xt, t, label, sites, is_noise.flatten()[sites].float())
 
 
-def denoiser_task(x0, t, label, vocab, generator, process, tokens="noise"):
+def denoiser_task(x0, t, label, vocab, generator, process, tokens="noise", given=None):
     """What was this token?   tokens: "noise" predicts from the others, "all" from the token itself too"""
-    xt, is_noise = corrupt(x0, t, process, vocab, generator)
-    sites = is_noise.flatten().nonzero()[:, 0] if tokens == "noise" else torch.arange(x0.numel())
+    xt, is_noise = corrupt(x0, level_at(t, x0, given), process, vocab, generator)
+    is_asked = is_noise if tokens == "noise" else torch.ones_like(is_noise) if given is None else ~given
+    sites = is_asked.flatten().nonzero()[:, 0]
     return Task(xt, t, label, sites, x0.flatten()[sites])
 
 
-def ddpd(x0, t, label, vocab, generator, nets, denoiser_process):
-    """Planned denoising: BCE of the planner + CE of the denoiser.  x0 (B, N), t (B, 1), label (B,)  ->  {name: Task}"""
+def ddpd(x0, t, label, vocab, generator, nets, denoiser_process, given=None):
+    """Planned denoising: BCE of the planner + CE of the denoiser.  -> {name: Task}
+
+    x0 (B, N), t (B, 1), label (B,), given (B, N) bool or None: tokens that are never corrupted and asked of nobody
+    """
     if nets == "single":
-        return {"denoiser": denoiser_task(x0, t, label, vocab, generator, "uniform", "all")}
-    return {"planner": planner_task(x0, t, label, vocab, generator),
-            "denoiser": denoiser_task(x0, t, label, vocab, generator, denoiser_process)}
+        return {"denoiser": denoiser_task(x0, t, label, vocab, generator, "uniform", "all", given)}
+    return {"planner": planner_task(x0, t, label, vocab, generator, given),
+            "denoiser": denoiser_task(x0, t, label, vocab, generator, denoiser_process, "noise", given)}
 
 
-def gidd(x0, t, label, vocab, generator, p_uniform, weight, clean_share=1.0):
+def gidd(x0, t, label, vocab, generator, p_uniform, weight, clean_share=1.0, process="hybrid", given=None):
     """GIDD (arXiv:2503.04482): one denoiser on hybrid noise, all tokens by the bound's loss.  -> {name: Task}
 
-    weight: kind of gidd_weight; clean_share of the clean tokens enter, weighted up: the same on average, a cheaper head
+    weight: kind of gidd_weight; clean_share of the clean tokens enter, weighted up: the same on average, a cheaper
+    head. Levels t (B, 1), or (B, N), each token's own. Tokens at level 0, and those given (B, N) bool, learn nothing.
     """
-    xt, _ = corrupt(x0, t, "hybrid", vocab, generator, p_uniform)
-    level = t.expand(x0.shape)
-    is_in = xt == vocab if p_uniform == 0 else (xt != x0) | (torch.rand(x0.shape, generator=generator) < clean_share)
-    sites = is_in.flatten().nonzero()[:, 0]
-    target, z, at = (y.flatten()[sites] for y in (x0, xt, level))
-    w = gidd_weight(target, z, at, vocab, p_uniform, weight)
-    w = torch.where(z == target, w / clean_share, w)
-    return {"denoiser": Task(xt, t, label, sites, target, (z, at, w), x0.numel())}
+    level = level_at(t, x0, given)
+    xt, is_noise = corrupt(x0, level, process, vocab, generator, p_uniform)
+    is_in = torch.rand(x0.shape, generator=generator) < clean_share
+    if weight == "none" or is_masks(process, p_uniform):
+        is_in = is_noise
+    sites = ((xt != x0) | is_in & (level > 0)).flatten().nonzero()[:, 0]
+    target, z, at = (y.flatten()[sites] for y in (x0, xt, level.clamp(T_MIN, T_MAX)))
+    w = gidd_weight(target, z, at, vocab, p_uniform, weight, process)
+    w = torch.where(z == target, w / clean_share, w) if weight != "none" else w
+    n_asked = (level > 0).sum().item() if weight != "none" else 0
+    return {"denoiser": Task(xt, t, label, sites, target, (z, at, w), n_asked)}
+
+
+def forcing(x0, levels, label, vocab, generator, p_uniform, weight, clean_share=1.0, process="hybrid", given=None):
+    """Diffusion Forcing (arXiv:2407.01392): gidd's loss with a level for each frame, which the denoiser is told.
+
+    levels (B, F), F frames of N / F tokens  ->  {name: Task}
+    """
+    t = level_at(levels.repeat_interleave(x0.shape[1] // levels.shape[1], 1), x0, given)
+    return gidd(x0, t, label, vocab, generator, p_uniform, weight, clean_share, process, given)
 
 
 def drop_labels(label, null_label, share, generator):
@@ -80,6 +103,18 @@ def denoiser_loss(logits, x0):
     return F.cross_entropy(logits, x0, reduction="none")
 
 
+def is_masks(process, p_uniform):
+    return process == "mask" or process == "hybrid" and p_uniform == 0
+
+
+def uniform_odds(t, process, p_uniform):
+    """Odds of uniform noise over 1 - t, those of data, in the process's own units, and what all fates sum to in them."""
+    if process == "uniform":
+        return t, torch.ones_like(t)
+    c = 2 * p_uniform / (1 - p_uniform) * (t * (1 - t)).sqrt()
+    return c, 1 + c
+
+
 class GiddLoss(torch.autograd.Function):
     """KL(q_t(.|x0) || q_t(.|p)) + IS(q_t(z|x0) || q_t(z|p)) of each row, times a weight; arXiv:2503.04482, eq. 14.
 
@@ -88,27 +123,27 @@ class GiddLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, x0, z, t, weight, p_uniform):
+    def forward(ctx, logits, x0, z, t, weight, p_uniform, process):
         n, vocab = logits.shape
-        block = max(1, CACHED // vocab) if logits.device.type == "cpu" else n
+        block = max(1, CACHED // vocab) if logits.device.type == "cpu" else max(1, n)
         grad, losses = torch.empty_like(logits) if ctx.needs_input_grad[0] else None, []
         for i in range(0, n, block):
             rows = slice(i, i + block)
             into = None if grad is None else grad[rows]
-            losses.append(gidd_rows(*(y[rows] for y in (logits, x0, z, t, weight)), p_uniform, into))
+            losses.append(gidd_rows(*(y[rows] for y in (logits, x0, z, t, weight)), p_uniform, process, into))
         ctx.save_for_backward(grad)
         return torch.cat(losses) if losses else weight
 
     @staticmethod
     def backward(ctx, upstream):
-        return ctx.saved_tensors[0].mul_(upstream[:, None]), None, None, None, None, None   # once: autograd checks
+        return ctx.saved_tensors[0].mul_(upstream[:, None]), *[None] * 6                    # once: autograd checks
 
 
-def gidd_rows(logits, x0, z, t, weight, p_uniform, grad=None):
+def gidd_rows(logits, x0, z, t, weight, p_uniform, process, grad=None):
     """The loss of some rows; its gradient is written to grad (n, V).  -> (n,)"""
     vocab = logits.shape[1]
-    c = 2 * p_uniform / (1 - p_uniform) * (t * (1 - t)).sqrt()
-    a, b, total = 1 - t, c / vocab, 1 + c
+    c, total = uniform_odds(t, process, p_uniform)
+    a, b = 1 - t, c / vocab
     ratio = a / b.clamp_min(torch.finfo(logits.dtype).tiny)             # a / b
     probs = logits.softmax(-1)                                          # (n, V)
     at = torch.stack([x0, z.clamp_max(vocab - 1)], 1)                   # (n, 2)
@@ -127,28 +162,33 @@ def gidd_rows(logits, x0, z, t, weight, p_uniform, grad=None):
     return weight * (kl + mismatch)
 
 
-def gidd_weight(x0, z, t, vocab, p_uniform, kind):
+def gidd_weight(x0, z, t, vocab, p_uniform, kind, process="hybrid"):
     """Weight of each token's loss: "elbo" as the bound has it, "clip" that but at most 1, or "dynamic".  (n,) -> (n,)
 
-    dynamic: mask 2, other token 1, clean token r / (1 + r), r = (B / V) sqrt(t / (1 - t))
+    dynamic: mask 2, other token 1, clean token r / (1 + r), r the odds of noise that looks like it; elbo: that over
+    2 t (1 - t), over t (1 - t) for uniform noise. "none", of plain cross-entropy: 1
     """
-    is_mask, is_clean = z == vocab, z == x0
-    strength = 2 * p_uniform / (1 - p_uniform)
+    r = uniform_odds(t, process, p_uniform)[0] / (vocab * (1 - t))
+    weight = torch.where(z == vocab, 2.0, torch.where(z == x0, r / (1 + r), 1.0))
+    if kind == "none":
+        return torch.ones_like(weight)
     if kind == "dynamic":
-        r = strength / vocab * (t / (1 - t)).sqrt()
-        return torch.where(is_mask, 2.0, torch.where(is_clean, r / (1 + r), 1.0))
-    b = strength * (t * (1 - t)).sqrt() / vocab
-    odds = 1 / (t * (1 - t))
-    weight = torch.where(is_mask, odds, torch.where(is_clean, odds / 2 * b / (1 - t + b), odds / 2))
+        return weight
+    weight = weight / (t * (1 - t)) / (1 if process == "uniform" else 2)
     return weight.clamp_max(1.0) if kind == "clip" else weight
 
 
-def gidd_loss(logits, x0, z, t, weight, p_uniform):
+def gidd_loss(logits, x0, z, t, weight, p_uniform, process="hybrid"):
     """The loss above; without uniform noise weight (1 - t) CE at masks and nothing elsewhere.  -> (n,)"""
-    if p_uniform == 0:
+    if is_masks(process, p_uniform):
         ce = F.cross_entropy(logits, x0, reduction="none")
         return torch.where(z == logits.shape[1], weight * (1 - t) * ce, 0.0)
-    return GiddLoss.apply(logits, x0, z, t, weight, p_uniform)
+    return GiddLoss.apply(logits, x0, z, t, weight, p_uniform, process)
+
+
+def plain_loss(logits, x0, z, t, weight):
+    """Cross-entropy, for weight "none": what the token looks like and its level play no part.  -> (n,)"""
+    return denoiser_loss(logits, x0)
 
 
 def floors(x0, label, vocab, nets, denoiser_process, generator, n_rows=2048):
@@ -187,13 +227,13 @@ def floors(x0, label, vocab, nets, denoiser_process, generator, n_rows=2048):
 LOSSES = {"planner": planner_loss, "denoiser": denoiser_loss}
 
 
-# Likelihoods: bounds on -log p(x0). Each is E over t of what these functions return, nats per sequence.
+# Likelihoods: bounds on -log p(x0). Each is E over t of what these functions return, nats of each token.
 
 
 def masked_bound(q, x, x0, t):
-    """Masked diffusion: (1/t) CE at masks. Tight for an exact q.  q (B, N, V) probabilities, t (B, 1) -> (B,)"""
+    """Masked diffusion: (1/t) CE at masks. Tight for an exact q.  q (B, N, V) probabilities, t (B, 1) -> (B, N)"""
     ce = -q.gather(-1, x0[..., None])[..., 0].log()
-    return (torch.where(x == q.shape[-1], ce, 0.0) / t).sum(1)
+    return torch.where(x == q.shape[-1], ce, 0.0) / t
 
 
 def share_of_noise(x, x0, t, vocab):
@@ -205,7 +245,7 @@ def leap_bound(p, q, x, x0, t):
     """Planner p (B, N) and denoiser q (B, N, V) under the law of schedule leap; loose even where both are exact."""
     noise = share_of_noise(x, x0, t, q.shape[-1])
     q0 = q.gather(-1, x0[..., None])[..., 0]
-    return ((p - noise - noise * (p * q0).log()) / t).sum(1)
+    return (p - noise - noise * (p * q0).log()) / t
 
 
 def renoise_bound(p, q, x, x0, t):
@@ -215,42 +255,63 @@ def renoise_bound(p, q, x, x0, t):
     is_x0 = torch.zeros_like(q).scatter(-1, x0[..., None], 1.0)
     model, truth = p[..., None] * (q / t[..., None] + redrawn), noise * (is_x0 / t[..., None] + redrawn)
     terms = model - truth + torch.special.xlogy(truth, truth / model)
-    return terms.scatter(-1, x[..., None], 0.0).sum((1, 2))
+    return terms.scatter(-1, x[..., None], 0.0).sum(-1)
+
+
+def path(name, u, n_tokens, frames):
+    """Levels along a path from data to noise, u (B, 1) in (0, 1), and how fast each rises: (B, N), (B, N).
+
+    "shared": all tokens together, t = u^2; "frames": the last frame first, each from 0 to 1 as a square in its turn
+    """
+    turn, own = (torch.zeros_like(u), u) if name == "shared" else ((u * frames).floor(), u * frames - (u * frames).floor())
+    order = torch.arange(frames - 1, -1, -1, device=u.device).repeat_interleave(n_tokens // frames)
+    count = 1 if name == "shared" else frames
+    is_now = (order == turn) | (count == 1)
+    t = torch.where(is_now, own**2, (order < turn).to(u))
+    return t, torch.where(is_now, 2 * own * count, 0.0)
 
 
 @torch.no_grad()
-def bits_per_token(nets, kind, x0, label, vocab, generator, p_uniform=0.1, most=2**24):
+def bits_per_token(nets, kind, x0, label, vocab, generator, p_uniform=0.1, most=2**24, process=None, given=None,
+                   frames=1):
     """Upper bounds on -log2 p(x0) / N, one level for each sequence: t = u^2, u stratified on (0, 1), weight 2u.
 
-    nets {name: net}, kind as in samplers.FITS, x0 (n, N), label (n,)  ->  {bound: (bits per token, standard error)}
+    nets {name: net}, kind as in samplers.FITS, x0 (n, N), label (n,), given (n, N) bool: tokens that are known and not
+    counted; process: of a forcing run, which also has a bound frame by frame  ->  {bound: (bits, standard error)}
     """
     n, n_tokens = x0.shape
     u = ((torch.arange(n) + torch.rand(n, generator=generator)) / n).to(x0.device, torch.float64)[:, None]
-    order = torch.randperm(n, generator=generator)
-    t, rows = (u**2).clamp(1e-8, 1 - 1e-8), {}
+    order, rows = torch.randperm(n, generator=generator), {}
+    process = process or {"maskd": "mask", "gidd": "hybrid"}.get(kind, "uniform")
+    free = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given
+    paths = ("shared", "frames") if kind == "forcing" and frames > 1 else ("shared",)
     for i in torch.arange(n).split(max(1, min(64, most // (n_tokens * vocab)))):
-        x0_, label_, t_ = x0[order[i]], label[order[i]], t[i]
-        process = {"maskd": "mask", "gidd": "hybrid"}.get(kind, "uniform")
-        x = corrupt(x0_.cpu(), t_.cpu(), process, vocab, generator, p_uniform)[0].to(x0.device)
-        logits = nets["denoiser"](x, t_.float(), label_).double()
-        q = logits.softmax(-1)
-        if kind == "gidd":
-            target, z, at = (y.flatten() for y in (x0_, x, t_.expand(x.shape)))
-            weight = gidd_weight(target, z, at, vocab, p_uniform, "elbo")
-            seen = {"gidd": gidd_loss(logits.flatten(0, 1), target, z, at, weight, p_uniform).view(x.shape).sum(1)}
-        elif kind == "maskd":
-            seen = {"masked": masked_bound(q, x, x0_, t_)}
-        else:
-            if kind == "single":
-                p, q = from_self(q, x, t_)
+        x0_, label_, free_ = x0[order[i]], label[order[i]], free[order[i]]
+        for name in paths:
+            t, rise = path(name, u[i], n_tokens, frames)
+            level = (t.clamp(1e-8, 1 - 1e-8) if name == "shared" else t) * free_
+            x = corrupt(x0_.cpu(), level.cpu(), process, vocab, generator, p_uniform)[0].to(x0.device)
+            t_ = t[:, :1].clamp(1e-8, 1 - 1e-8)
+            logits = nets["denoiser"](x, (level if kind == "forcing" else t_).float(), label_).double()
+            q = logits.softmax(-1)
+            if kind in ("gidd", "forcing"):
+                target, z, at = (y.flatten() for y in (x0_, x, level.clamp(1e-8, 1 - 1e-8)))
+                weight = gidd_weight(target, z, at, vocab, p_uniform, "elbo", process)
+                nats = gidd_loss(logits.flatten(0, 1), target, z, at, weight, p_uniform, process).view(x.shape)
+                seen = {name if kind == "forcing" else "gidd": nats}
+            elif kind == "maskd":
+                seen = {"masked": masked_bound(q, x, x0_, t_)}
             else:
-                p = nets["planner"](x, t_.float(), label_).double().sigmoid()
-            seen = {"renoise": renoise_bound(p, q, x, x0_, t_), "leap": leap_bound(p, q, x, x0_, t_)}
-        for name, nats in seen.items():
-            rows.setdefault(name, []).append(2 * u[i, 0] * nats / (n_tokens * math.log(2)))
-    out = {}
+                if kind == "single":
+                    p, q = from_self(q, x, t_)
+                else:
+                    p = nets["planner"](x, t_.float(), label_).double().sigmoid()
+                seen = {"renoise": renoise_bound(p, q, x, x0_, t_), "leap": leap_bound(p, q, x, x0_, t_)}
+            for bound, nats in seen.items():
+                rows.setdefault(bound, []).append((rise * torch.where(free_, nats, 0.0)).sum(1))
+    out, unit = {}, free.sum(1).double().mean() * math.log(2)
     for name, parts in rows.items():
-        y = torch.cat(parts)
+        y = torch.cat(parts) / unit
         pairs = y[: n - n % 2].view(-1, 2).diff(dim=1)                  # neighbouring strata differ by noise alone
         out[name] = (y.mean().item(), pairs.square().sum().sqrt().item() / n)
     return out

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+T_MIN, T_MAX = 1e-4, 1 - 1e-4   # the noise levels that networks are trained at
+
 
 def fates(t, process, p_uniform=0.1):
     """P(keep), P(mask), P(redrawn uniformly) of a token at level t; they sum to 1.   hybrid: arXiv:2503.04482"""
@@ -30,10 +32,64 @@ def corrupt(x0, t, process, vocab, generator, p_uniform=0.1):
 
 
 def stratified_t(n, generator, device="cpu"):
-    """n noise levels, each uniform on [1e-4, 1 - 1e-4], one in every nth of it.  -> (n, 1)"""
+    """n noise levels, each uniform on [T_MIN, T_MAX], one in every nth of it.  -> (n, 1)"""
     u = torch.rand(n, 1, generator=generator, device=device)
     order = torch.randperm(n, generator=generator, device=device)[:, None]
-    return ((order + u) / n).clamp(1e-4, 1 - 1e-4)
+    return ((order + u) / n).clamp(T_MIN, T_MAX)
+
+
+def staircase(steps, frames, lag, block=1):
+    """Noise levels of a rollout: blocks of frames fall from 1 to 0 in `steps` rows each, `lag` rows after one another.
+
+    lag 0: the full sequence at once; lag = steps: autoregressive; between: the pyramid (arXiv:2407.01392, fig. 3).
+    -> (steps + lag (blocks - 1) + 1, frames)
+    """
+    if min(steps, frames, block) < 1 or lag < 0:
+        raise ValueError(f"steps {steps}, frames {frames}, block {block} must be at least 1, lag {lag} not negative")
+    late = lag * (torch.arange(frames) // block)                        # the row at which a frame begins to fall
+    row = torch.arange(steps + int(late[-1]) + 1)[:, None]
+    return (1 - (row - late) / steps).clamp(0, 1)
+
+
+def draw_levels(n, frames, group, staircase_share, generator, is_squared=False):
+    """Noise levels for training.  -> (n, frames)
+
+    group  "frame" or "token": each on its own; "shared": one level for all, stratified; "next": frames before a random
+           one at 0, those after it at 1
+    A share of rows is taken from staircases of any slope after any number of finished frames (of tokens: from flat
+    ones), levels squared if is_squared: independent draws hardly ever lie at 0 and 1 beside each other, or all at the
+    same level, which is what a rollout asks for.
+    """
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    if group == "shared":
+        return stratified_t(n, generator).expand(n, frames)
+    free, order = rand(n, frames), torch.arange(frames)
+    done, slope = (rand(n, 1) * frames).long(), rand(n, 1)              # frames that are finished, lag / steps
+    if group == "next":
+        return torch.where(order < done, 0.0, torch.where(order > done, 1.0, free))
+    if group == "token":
+        done, slope = torch.zeros_like(done), torch.zeros_like(slope)
+    late = slope * (order - done)                                       # (n, frames)
+    row = rand(n, 1) * (1 + late[:, -1:])
+    stairs = torch.where(order < done, 0.0, (1 - (row - late)).clamp(0, 1))
+    return torch.where(rand(n, 1) < staircase_share, stairs**2 if is_squared else stairs, free)
+
+
+def level_of_flips(share, vocab, process, p_uniform=0.1):
+    """The noise level at which a share of the visible tokens is wrong: what to tell of an observation with such errors."""
+    if process == "mask" or process == "hybrid" and p_uniform == 0:
+        raise ValueError("with mask noise a visible token is certain at every level: there is no level to tell")
+    if not 0 <= share < 1 - 1 / vocab:
+        raise ValueError(f"{share} wrong tokens; it must lie in [0, 1 - 1/{vocab})")
+    low, high = 0.0, 1.0
+    for _ in range(60):                                                 # the share rises with t
+        t = torch.tensor((low + high) / 2, dtype=torch.float64)
+        keep, _, uniform = fates(t, process, p_uniform)
+        is_low = uniform * (1 - 1 / vocab) / (keep + uniform) < share
+        low, high = (t.item(), high) if is_low else (low, t.item())
+    return low
 
 
 def planner_floor(vocab):

@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from diffusion.processes import draw_posterior, from_others, from_self, noise_of
+from diffusion.processes import T_MAX, T_MIN, draw_posterior, from_others, from_self, noise_of, staircase
 
 FITS = {                                                # what each kind of run can be sampled with
     "maskd": ("ddpd", "ancestral", "confidence", "remdm"),  # planner + mask denoiser; ddpd alone uses the planner
     "unid": ("ddpd", "ancestral"),                      # planner + uniform denoiser
     "single": ("ddpd", "ancestral"),                    # one uniform denoiser, its own planner
     "gidd": ("ancestral", "self_correct"),              # one denoiser of hybrid noise, which can mend what is finished
+    "forcing": ("rollout", "ancestral"),                # one denoiser that is told the noise level of each token
 }
-T_MIN, T_MAX = 1e-4, 1 - 1e-4   # the noise levels that networks are trained at
 
 
 class State(NamedTuple):
@@ -396,20 +396,145 @@ def self_correct(denoiser, x, label, *, n_steps, generator, k=1, t=0.01, tempera
             return
 
 
+@torch.no_grad()
+def rollout(denoiser, x, label, levels, *, generator, process="hybrid", vocab=None, p_uniform=0.1, known=None, window=0,
+            stabilise=0.0, context_level=0.0, cache=None, reward=None, reward_weight=1.0, particles=1, n_draws=1,
+            temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0, guidance_ramp=False, null_label=None):
+    """Diffusion Forcing (arXiv:2407.01392): every frame falls from noise to data along a column of levels.
+
+    x (B, N) pure noise but for known tokens, levels (R, F) as of processes.staircase, F frames of N / F tokens each
+    ->  yields State, R - 1 of them. Each row is the posterior of `process` at each token's own level.
+    window     frames that the denoiser sees, 0: all; it slides along, the latest frame that falls at its end. Of fewer
+               frames than that the missing ones are noise, and dropped
+    stabilise, context_level   noise levels told of finished frames and of known tokens, that it may distrust them
+    cache      of a causal denoiser: finished frames are computed once
+    reward     (B, N) predicted clean tokens -> (B,). Rows are groups of `particles` that follow one another; each is
+               weighted by exp(reward_weight (reward now - before)), the reward a mean over n_draws predictions, and a
+               group, of one label and one `known`, is resampled when its effective size is under half and at the
+               end: x ~ p(x) exp(reward_weight reward(x))
+    """
+    how = How(temperature, top_k, top_p, min_p, guidance, guidance_ramp, null_label)
+    check(how, [("process", process, ("uniform", "mask", "hybrid"))], window=(window, 0), stabilise=(stabilise, 0),
+          context_level=(context_level, 0), particles=(particles, 1), n_draws=(n_draws, 1))
+    if (stabilise or context_level) and (process == "mask" or (process == "hybrid" and p_uniform == 0)):
+        raise ValueError("stabilise needs uniform noise: with masks a visible token is certain at any level")
+    if len(x) % particles or x.shape[1] % levels.shape[1]:
+        raise ValueError(f"{len(x)} rows of {x.shape[1]} tokens are not groups of {particles} particles and "
+                         f"{levels.shape[1]} frames")
+    if cache is not None and (reward or guidance != 1):
+        raise ValueError("a cache holds one set of rows: it goes without reward and guidance")
+    vocab = int(x.max()) if vocab is None and process != "uniform" else vocab
+    (n_rows, n_frames), n_tokens, size = levels.shape, x.shape[1], x.shape[1] // levels.shape[1]
+    window, missing = window or n_frames, max(0, window - n_frames)
+    x, free, nfe = x.clone(), free_of(x, known), torch.zeros_like(label)
+    if missing:
+        noise = torch.randint(vocab, (len(x), missing * size), generator=generator, device=x.device)
+        x = torch.cat([x, noise if process == "uniform" else torch.full_like(noise, vocab)], 1)
+        free = torch.cat([free, torch.ones_like(noise, dtype=torch.bool)], 1)
+    levels = torch.cat([levels, levels.new_ones(n_rows, missing)], 1).to(x.device, torch.float32)
+    is_known = ~free.view(len(x), -1, size).any(2).any(0)               # (F,) frames in which nothing is to be drawn
+    levels = levels.masked_fill(is_known, 0)
+    luck = torch.Generator(x.device).manual_seed(generator.initial_seed() + 1)      # predictions spend no draw of x
+    before, log_w = torch.zeros(len(x), device=x.device), torch.zeros(len(x), device=x.device)
+    p_noise = torch.zeros(x.shape, device=x.device)
+    rows_that_fall = [i for i in range(n_rows - 1) if (levels[i] > levels[i + 1]).any()]
+    for i in rows_that_fall:
+        t, s = levels[i], levels[i + 1]
+        falls = (t > s).nonzero()[:, 0].tolist()
+        end = falls[-1] + 1 if cache is not None else max(falls[-1] + 1, min(window, len(t)))
+        first = max(0, end - window) if cache is None else cache.n_kept
+        if falls[0] < max(first, end - window):
+            raise ValueError(f"frames {falls[0]} to {falls[-1]} fall together: too many for a window of {window}")
+        here, at = slice(first * size, end * size), slice(first, end)
+        t_, s_ = (y[at].repeat_interleave(size).expand(len(x), -1) * free[:, here] for y in (t, s))     # (B, n)
+        told = torch.where(free[:, here], torch.where(t_ == 0, stabilise, t_), context_level)
+        seen = x[:, here]
+        if cache is not None:
+            keep = int((t[at] > 0).int().argmax())                      # the first frame that is not finished
+            logits, calls = denoiser(seen, told, label, None, cache, keep), 1
+        else:
+            logits, calls = guided(denoiser, seen, told, label, None, *how[-3:])
+        vocab, nfe = vocab or logits.shape[-1], nfe + calls
+        probs = sharpen(logits.float(), *how[:4])
+        at_x = probs.gather(-1, seen.clamp_max(vocab - 1)[..., None])[..., 0]                   # (B, n)
+        doubt = noise_of(at_x, seen, t_, process, vocab, p_uniform) * (t_ > 0)
+        if reward is not None:
+            now = 0
+            for _ in range(n_draws):
+                is_noise = torch.rand(doubt.shape, generator=luck, device=x.device) < doubt
+                clean = x.clone()
+                clean[:, here] = torch.where(is_noise, draw(probs, luck), seen)
+                now = now + reward(clean[:, :n_tokens]) / n_draws
+            log_w = log_w + reward_weight * (now - before)
+            rows, log_w = resample(log_w, particles, luck)
+            before, x, seen, probs, at_x, doubt = (y[rows] for y in (now, x, seen, probs, at_x, doubt))
+        new = draw_posterior(draw(probs, generator), at_x, seen, t_, s_, process, vocab, generator, p_uniform)
+        new = torch.where(t_ > s_, new, seen)
+        written = torch.zeros_like(free)
+        written[:, here], x[:, here] = new != seen, new
+        p_noise = p_noise.zero_()
+        p_noise[:, here] = doubt
+        if reward is not None and i == rows_that_fall[-1]:
+            rows, _ = resample(log_w + reward_weight * (reward(x[:, :n_tokens]) - before), particles, luck, always=True)
+            x, p_noise, written = x[rows], p_noise[rows], written[rows]
+        yield State(x[:, :n_tokens].clone(), p_noise[:, :n_tokens].clone(), written[:, :n_tokens],
+                    t_.sum(1) / (t_ > 0).sum(1).clamp_min(1), nfe)
+
+
+def resample(log_w, particles, generator, always=False):
+    """Systematic resampling of each group whose effective size is under half (or, always, whose weights differ).
+
+    log_w (B,), groups of `particles` rows  ->  rows (B,), log_w (B,): 0 where a group was resampled
+    """
+    groups = log_w.view(-1, particles)
+    w = groups.double().softmax(1)
+    must = w.square().sum(1).reciprocal() < particles / 2
+    if always:
+        must = groups.amax(1) > groups.amin(1)
+    u = torch.rand(len(w), 1, dtype=torch.float64, generator=generator, device=w.device)
+    points = (u + torch.arange(particles, device=w.device)) / particles
+    chosen = torch.searchsorted(w.cumsum(1).clamp_max(1), points).clamp_max(particles - 1)
+    own = torch.arange(particles, device=w.device)
+    rows = torch.where(must[:, None], chosen, own) + torch.arange(len(w), device=w.device)[:, None] * particles
+    return rows.flatten(), torch.where(must[:, None], 0.0, groups).flatten()
+
+
 def options_of(sampler):
     """Names of a sampler's arguments that a user may set."""
-    return inspect.signature(globals()[sampler]).parameters.keys()
+    return [*inspect.signature(globals()[sampler]).parameters, *["lag"] * (sampler == "rollout")]
 
 
-def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, p_uniform=0.1, **options):
+def staircase_of(grid, n_steps, frames=0, lag=-1, context=0, is_squared=False):
+    """Levels of a rollout: a column for each frame of a video after its context, one for all tokens of other grids.
+
+    lag -1: frame by frame; 0: all together, window by window  ->  (R, F)
+    """
+    if len(grid) != 3:
+        levels = staircase(n_steps, 1, 0)
+    else:
+        context = min(context, grid[0] - 1)
+        frames = (frames or grid[0]) - context
+        if frames < 1:
+            raise ValueError(f"{frames + context} frames are no more than the {context} that are given")
+        block = min(frames, grid[0] - context) if lag == 0 else 1       # as many as a window holds
+        levels = staircase(n_steps, frames, n_steps if lag < 1 else lag, block)
+        levels = torch.cat([levels.new_zeros(len(levels), context), levels], 1)
+    return levels**2 if is_squared else levels
+
+
+def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, p_uniform=0.1, process=None, lag=-1,
+        frames=0, context=0, **options):
     """Sample a run's nets from pure noise, but for tokens given (B, N) where known (B, N); self_correct mends `given`.
 
-    sampler: a name in FITS[kind], kind: key of FITS; label (B,); meta: the data's  ->  yields State
+    sampler: a name in FITS[kind], kind: key of FITS; label (B,); meta: the data's; process: of a forcing run's noise
+    frames, context: how many a rollout makes (0: as many as the data has), and of which so many are known
+    ->  yields State
     """
     check_fit(kind, sampler)
-    vocab, shape = meta["vocab"], (len(label), math.prod(meta["grid"]))
+    vocab, grid = meta["vocab"], list(meta["grid"])
+    shape = (len(label), math.prod([frames or grid[0], *grid[1:]] if len(grid) == 3 else grid))
     options |= dict(generator=generator, vocab=vocab, known=known, null_label=meta["n_classes"])
-    if sampler == "ddpd" or kind in ("unid", "single"):
+    if sampler == "ddpd" or kind in ("unid", "single") or process == "uniform":
         x = torch.randint(vocab, shape, generator=generator, device=label.device)
     else:
         x = torch.full(shape, vocab, device=label.device)
@@ -417,10 +542,17 @@ def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, 
         x = given
     elif known is not None:
         x = torch.where(known, given, x)
-    denoiser, process = nets["denoiser"], {"maskd": "mask", "gidd": "hybrid"}.get(kind, "uniform")
-    if kind == "gidd":
+    denoiser, process = nets["denoiser"], process or {"maskd": "mask", "gidd": "hybrid"}.get(kind, "uniform")
+    if kind in ("gidd", "forcing"):
         options |= dict(p_uniform=p_uniform)
-    if sampler == "ddpd":
+    if kind == "forcing":
+        lag = 0 if sampler == "ancestral" else lag
+        levels = staircase_of(grid, options.pop("n_steps"), frames, lag, context, process == "hybrid")
+        if getattr(denoiser, "is_causal", False) and "reward" not in options and options.get("guidance", 1) == 1:
+            options["cache"] = denoiser.new_cache()
+        window = grid[0] if len(grid) == 3 else 1
+        yield from rollout(denoiser, x, label, levels, process=process, window=window, **options)
+    elif sampler == "ddpd":
         yield from ddpd(nets.get("planner"), denoiser, x, label, denoiser_process=process, **options)
     elif sampler == "ancestral":
         learnt = "self" if kind == "single" else "others"

@@ -1,0 +1,11 @@
+"""Video of a bouncing sprite, 8 frames of 8x8. Diffusion Forcing: a noise level for each frame.
+python train_ddpd.py configs/bounce_forcing.py && python sample.py out/bounce_forcing"""
+data = "bounce"
+method = "forcing"
+level_group = "frame"
+weight = "none"
+n_layer = 4
+n_head = 2
+n_embd = 128
+batch_size = 8
+max_iters = 1200

@@ -1,0 +1,11 @@
+"""Video of a bouncing sprite, 8 frames of 8x8. One level for all frames: full-sequence diffusion, the first baseline.
+python train_ddpd.py configs/bounce_full.py && python sample.py out/bounce_full"""
+data = "bounce"
+method = "forcing"
+level_group = "shared"
+weight = "none"
+n_layer = 4
+n_head = 2
+n_embd = 128
+batch_size = 8
+max_iters = 1200

@@ -1,0 +1,11 @@
+"""Video of a bouncing sprite, 8 frames of 8x8. Frame by frame: past clean, the next frame noised, later ones pure noise; the second baseline.
+python train_ddpd.py configs/bounce_next.py && python sample.py out/bounce_next"""
+data = "bounce"
+method = "forcing"
+level_group = "next"
+weight = "none"
+n_layer = 4
+n_head = 2
+n_embd = 128
+batch_size = 8
+max_iters = 1200
