@@ -74,8 +74,8 @@ class Config:
 
     # A run goes on only with these unchanged; all others may change from one start to the next.
     FIXED: typing.ClassVar = tuple("""
-        method nets denoiser_process p_uniform process level_group causal data image_size levels n_layer n_head n_embd base_width base_head_dim
-        batch_size overfit overfit_noise seed
+        method nets denoiser_process p_uniform process level_group causal data image_size levels n_layer n_head n_embd
+        base_width base_head_dim batch_size overfit overfit_noise seed
     """.split())
 
     @property

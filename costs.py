@@ -37,12 +37,12 @@ def of_step(shape, kind, batch_size, device, context):
         return sum(size for where, size in kept.items() if where not in own), time.perf_counter() - began
 
     one, two = run(1)[0], run(2)[0]
-    forward = n * (28 * d * d + 4 * n * d + 4 * model.N_CONTEXT * d)          # of a block and a sequence: products only
+    forward = n * (28 * d * d + 4 * n * d + 4 * model.N_CONTEXT * d)    # of a block and a sequence: products only
     b = max(1, min(batch_size, 4096 // n))
     rate = 3 * forward * b / min(run(b)[1] for _ in range(3))
     flops, logits = len(nets) * depth * 3 * forward * batch_size, 0
     for net in nets.values():
-        is_all = net.head == "planner" or kind in ("single", "gidd", "forcing")     # else noise tokens: half of them on average
+        is_all = net.head == "planner" or kind in ("single", "gidd", "forcing")     # else noise: half of them
         rows = batch_size * n // (1 if is_all else 2)
         chunk = min(rows, max(1, model.LOGITS_PER_CHUNK // net.readout.out_features))
         flops += 6 * rows * d * net.readout.out_features

@@ -99,8 +99,8 @@ def read_meta(folder):
         if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
             raise SystemExit(f"{path}: {key} {value!r} leaves the folder")
     for y in meta["given"]:
-        if not (is_index(y, meta["vocab"]) or isinstance(y, list) and len(y) == len(meta["grid"])
-                and all(map(is_index, y, meta["grid"]))):
+        is_place = isinstance(y, list) and len(y) == len(meta["grid"]) and all(map(is_index, y, meta["grid"]))
+        if not is_place and not is_index(y, meta["vocab"]):
             raise SystemExit(f"{path}: given {y!r} is neither an id below {meta['vocab']} nor a place on the grid")
     if meta.get("score", "") not in ("", *source_names()):
         raise SystemExit(f"{path}: score {meta['score']!r} names no file in sources/")
@@ -112,7 +112,7 @@ def is_index(y, limit):
 
 
 def given(meta, tokens):
-    """What is always given: tokens of the ids and at the places that meta names.  (B, N) -> (B, N) bool tensor or None"""
+    """What is always given: tokens of the ids and at the places that meta names.  (B, N) -> (B, N) bool or None"""
     import torch
 
     if not meta["given"]:

@@ -1,5 +1,6 @@
 """What real data says of samples: judges.of(meta, splits).scores(tokens, labels) -> {column: value}, {class: share}"""
 
+import importlib
 import re
 from collections import Counter
 
@@ -13,11 +14,16 @@ COLUMNS = {             # column: (in words, format), in the order in which they
     "precision": ("precision", ".3f"), "recall": ("recall", ".3f"), "ngram_bits": ("bits per byte by n-gram", ".3f"),
     "words": ("known words", ".1%"), "entropy": ("entropy", ".3f"), "class_entropy": ("entropy in a class", ".3f"),
     "distinct": ("distinct", ".1%"), "duplicates": ("in the training set", ".1%"),
+    "shortest": ("shortest paths", ".1%"), "valid": ("valid ones", ".1%"), "right": ("frames exactly right", ".1%"),
+    "all_right": ("sequences exactly right", ".1%"), "intact": ("sprite intact", ".1%"),
+    "pixels": ("wrong pixels", ".2%"),
 }
 
 
 def of(meta, splits):
     """The judge that fits the data."""
+    if meta.get("score"):
+        return Exact(meta)
     if meta["palette"] == "text":
         return Text(splits)
     return Pictures(meta, splits) if meta["palette"] == "grey" and meta["n_classes"] > 1 else Any()
@@ -27,8 +33,31 @@ class Any:
     """Data of which nothing is known but its tokens."""
     val = None
 
-    def scores(self, tokens, labels):
+    def scores(self, tokens, labels, real=None):
         return {"entropy": round(entropy(tokens), 4)}, {}
+
+
+class Exact:
+    """Data whose source knows what is right: its score(tokens, real), of what was to be made alone."""
+    val = None
+
+    def __init__(self, meta):
+        self.meta, self.source = meta, importlib.import_module(f"sources.{meta['score']}")
+
+    def scores(self, tokens, labels, real=None, context=0):
+        """tokens, real (n, N), the first `context` frames not counted  ->  {column: value}, {column: value by frame}
+
+        A video's values are means over frames (all_right: the share of sequences without a wrong one)
+        """
+        grid = self.meta["grid"] if len(self.meta["grid"]) < 3 else [-1, *self.meta["grid"][1:]]
+        shaped = [None if y is None else y.reshape(len(y), *grid) for y in (tokens, real)]
+        each = self.source.score(*shaped)
+        of_frames = {k: v[:, context:] for k, v in each.items() if v.ndim > 1}
+        out = {k: v.mean() for k, v in (each | of_frames).items()}
+        if "right" in of_frames:
+            out["all_right"] = of_frames["right"].all(1).mean()
+        by_frame = {k: v.mean(0) for k, v in each.items() if v.ndim > 1}
+        return {k: round(float(v), 4) for k, v in out.items()}, by_frame
 
 
 class Pictures:
@@ -52,7 +81,7 @@ class Pictures:
     def features(self, tokens):
         return tokens / (self.meta["vocab"] - 1)
 
-    def scores(self, tokens, labels):
+    def scores(self, tokens, labels, real=None):
         """What a table says of sequences (n, N) and the labels asked for.  -> {column: value}, {class: accuracy}"""
         right = self.svc.predict(self.features(tokens)) == labels
         per_class = {int(c): right[labels == c].mean() for c in np.unique(labels)}
@@ -91,7 +120,7 @@ class Text:
             sum_bits -= np.log2(p)
         return sum_bits / len(line)
 
-    def scores(self, tokens, labels):
+    def scores(self, tokens, labels, real=None):
         lines = [row.astype(np.uint8).tobytes() for row in tokens]
         words = [w for line in lines for w in re.findall(rb"(?<=[^A-Za-z])[A-Za-z]+(?=[^A-Za-z])", line)]   # whole ones
         out = dict(ngram_bits=np.mean([self.bits(line) for line in lines]),

@@ -35,7 +35,7 @@ class Shape:
             raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads of even width")
         if self.head_dim // 2 < len(axes(self.grid)):
             raise ValueError(f"head width {self.head_dim} has too few pairs for the axes of grid {self.grid}")
-        if self.causal and len(self.grid) != 3:
+        if self.causal and not self.is_video:
             raise ValueError(f"causal needs a grid of frames, rows and columns, not {self.grid}")
 
     @property
@@ -47,9 +47,13 @@ class Shape:
         return math.prod(self.grid)
 
     @property
+    def is_video(self):
+        return len(self.grid) == 3
+
+    @property
     def n_places(self):
         """Tokens that stand at different places: those of a frame of a video, in which a window may slide."""
-        return math.prod(self.grid[-2:]) if len(self.grid) == 3 else self.n_tokens
+        return math.prod(self.grid[1:]) if self.is_video else self.n_tokens
 
 
 def axes(grid):
@@ -124,7 +128,7 @@ class Block(nn.Module):
         self.out = nn.Linear(6 * d, d, bias=False)
 
     def forward(self, x, context, turns, look=None, layer=0):           # (B, N, D), (B, S, D)
-        (cos, sin), (cos_c, sin_c) = turns                              # of tokens, and of tokens as the context sees them
+        (cos, sin), (cos_c, sin_c) = turns                              # of tokens, and as the context sees them
         *qkvc, hidden = self.into(norm(x)).split(self.split, -1)
         q, k, v, c = (rearrange(y, "b n (h d) -> b h n d", h=self.n_head) for y in qkvc)
         ck, cv = rearrange(self.context_kv(context), "b s (two h d) -> two b h s d", two=2, h=self.n_head)
@@ -148,7 +152,8 @@ class Transformer(nn.Module):
         d = shape.n_embd
         self.embed = nn.Embedding(shape.vocab + 1, d)
         self.context = nn.Embedding(shape.n_classes + 1, N_CONTEXT * d)
-        self.place = nn.Embedding(shape.n_places, d)                    # RoPE alone cannot find the border
+        n_places = sum(shape.grid[1:]) if shape.is_video else shape.n_tokens  # a video: rows + columns
+        self.place = nn.Embedding(n_places, d)                          # RoPE alone cannot find the border
         self.level = nn.Linear(N_LEVEL_FEATURES, d, bias=False) if is_told_t else None
         self.blocks = nn.ModuleList([Block(shape) for _ in range(shape.n_layer)])
         self.readout = nn.Linear(d, {"planner": 1, "denoiser": shape.vocab}[head], bias=False)
@@ -170,7 +175,11 @@ class Transformer(nn.Module):
         cache: a Causal; x are then frames that follow those it holds, and it keeps the first `keep` of them
         """
         n_frames = x.shape[1] // self.shape.n_places                    # 1 where the grid is no video
-        h = self.embed(x) + self.place.weight.repeat(n_frames, 1)       # (B, N, D)
+        place = self.place.weight
+        if self.shape.is_video:
+            rows, columns = place.split(self.shape.grid[1:])
+            place = (rows[:, None] + columns).flatten(0, 1).repeat(n_frames, 1)
+        h = self.embed(x) + place                                       # (B, N, D)
         if self.is_told_t:
             h = h + self.level(level_features(t))                       # (B, 1, D) or (B, N, D)
         context = norm(self.context(label).view(len(x), N_CONTEXT, -1))
@@ -199,7 +208,7 @@ class Transformer(nn.Module):
         """
         size, last = self.shape.n_places, first + n_frames
         own, start = (self.cos, self.sin), (self.cos[:size].repeat(n_frames, 1), self.sin[:size].repeat(n_frames, 1))
-        if size == self.shape.n_tokens:
+        if not self.shape.is_video:
             return own, own
         if last > self.shape.grid[0]:                                   # frames past the training horizon
             angles = rope_angles((last, *self.shape.grid[1:]), self.shape.head_dim).to(self.cos.device)

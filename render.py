@@ -191,7 +191,8 @@ def rollout_frames(states, levels, real, known, meta):
             canvas.paste(tile, left, top)
             canvas.draw.rectangle((left, top + h + 2, left + w - 1, top + h + 6), fill=(60, 60, 66))
             if level[f] > 0:
-                canvas.draw.rectangle((left, top + h + 2, left + round((w - 1) * float(level[f])), top + h + 6), fill=WRITTEN)
+                right = left + round((w - 1) * float(level[f]))
+                canvas.draw.rectangle((left, top + h + 2, right, top + h + 6), fill=WRITTEN)
             if real is not None:
                 canvas.paste(colours[real[i, f]].repeat(CELL, 0).repeat(CELL, 1), left, top + h + 10)
         yield canvas.array()

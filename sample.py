@@ -136,7 +136,7 @@ def main(flags):
     decoder = render.load_decoder(flags.decoder, meta, device) if flags.decoder else None
     grid, real = list(meta["grid"]), None
     is_video = len(grid) == 3
-    if flags.frames and not is_video or flags.frames < 0 or flags.context < 0:
+    if (flags.frames and not is_video) or min(flags.frames, flags.context) < 0:
         raise SystemExit("--frames and --context are numbers of a video's frames")
     if not flags.known and (is_video or meta["given"]):
         real, given, known, labels = held_out(state["config"], meta, flags, labels, device)
@@ -188,17 +188,16 @@ def main(flags):
         np.savez(folder / "samples.npz", tokens=tokens, labels=np.array(labels), settings=settings)
         source = data.import_source(meta["score"]) if known is not None and meta.get("score") else None
         wrong = source.wrong(tokens, real) if source and real is not None else None
+        truth, errors = (None if y is None else y[:n_shown] for y in (real, wrong))
         render.samples_png(folder / "samples.png", tokens, labels, meta, decoder, wrong)
         for name, frames in shown.items():
             marked = grids(known) if known is not None else None
             if frames and is_video and kind == "forcing":
                 lag = 0 if sampler == "ancestral" else flags.lag
-                levels = samplers.staircase_of(meta["grid"], flags.n_steps, flags.frames, lag, flags.context)[1:].numpy()
-                shown_real = None if real is None else real[:n_shown]
-                pictures = render.rollout_frames(frames, levels, shown_real, marked, meta)
+                levels = samplers.staircase_of(meta["grid"], flags.n_steps, flags.frames, lag, flags.context)
+                pictures = render.rollout_frames(frames, levels[1:].numpy(), truth, marked, meta)
             elif frames:
-                shown_real, shown_wrong = (None if y is None else y[:n_shown] for y in (real, wrong))
-                pictures = render.planner_frames(frames, labels[:n_shown], meta, decoder, marked, shown_real, shown_wrong)
+                pictures = render.planner_frames(frames, labels[:n_shown], meta, decoder, marked, truth, errors)
             if frames:
                 render.write_video(folder / name, pictures)
                 written += [f"{name}.mp4", f"{name}.gif"]

@@ -1,4 +1,4 @@
-"""Video of a bouncing sprite, 8 frames of 8x8. Frame by frame: past clean, the next frame noised, later ones pure noise; the second baseline.
+"""Video of a bouncing sprite, 8 frames of 8x8. Past clean, one frame noised, the rest pure noise: the second baseline.
 python train_ddpd.py configs/bounce_next.py && python sample.py out/bounce_next"""
 data = "bounce"
 method = "forcing"

@@ -104,11 +104,11 @@ def denoiser_loss(logits, x0):
 
 
 def is_masks(process, p_uniform):
-    return process == "mask" or process == "hybrid" and p_uniform == 0
+    return process == "mask" or (process == "hybrid" and p_uniform == 0)
 
 
 def uniform_odds(t, process, p_uniform):
-    """Odds of uniform noise over 1 - t, those of data, in the process's own units, and what all fates sum to in them."""
+    """Fates in units in which P(keep) is 1 - t: that of falling to uniform noise, and their sum.  (n,), (n,)"""
     if process == "uniform":
         return t, torch.ones_like(t)
     c = 2 * p_uniform / (1 - p_uniform) * (t * (1 - t)).sqrt()
@@ -263,12 +263,11 @@ def path(name, u, n_tokens, frames):
 
     "shared": all tokens together, t = u^2; "frames": the last frame first, each from 0 to 1 as a square in its turn
     """
-    turn, own = (torch.zeros_like(u), u) if name == "shared" else ((u * frames).floor(), u * frames - (u * frames).floor())
-    order = torch.arange(frames - 1, -1, -1, device=u.device).repeat_interleave(n_tokens // frames)
     count = 1 if name == "shared" else frames
-    is_now = (order == turn) | (count == 1)
-    t = torch.where(is_now, own**2, (order < turn).to(u))
-    return t, torch.where(is_now, 2 * own * count, 0.0)
+    turn, own = (u * count).floor(), u * count % 1
+    order = torch.arange(count - 1, -1, -1, device=u.device).repeat_interleave(n_tokens // count)
+    t = torch.where(order == turn, own**2, (order < turn).to(u))
+    return t, torch.where(order == turn, 2 * own * count, 0.0)
 
 
 @torch.no_grad()

@@ -78,8 +78,8 @@ def draw_levels(n, frames, group, staircase_share, generator, is_squared=False):
 
 
 def level_of_flips(share, vocab, process, p_uniform=0.1):
-    """The noise level at which a share of the visible tokens is wrong: what to tell of an observation with such errors."""
-    if process == "mask" or process == "hybrid" and p_uniform == 0:
+    """The noise level at which a share of the visible tokens is wrong: what to tell of such an observation."""
+    if process == "mask" or (process == "hybrid" and p_uniform == 0):
         raise ValueError("with mask noise a visible token is certain at every level: there is no level to tell")
     if not 0 <= share < 1 - 1 / vocab:
         raise ValueError(f"{share} wrong tokens; it must lie in [0, 1 - 1/{vocab})")

@@ -468,12 +468,13 @@ def rollout(denoiser, x, label, levels, *, generator, process="hybrid", vocab=No
             log_w = log_w + reward_weight * (now - before)
             rows, log_w = resample(log_w, particles, luck)
             before, x, seen, probs, at_x, doubt = (y[rows] for y in (now, x, seen, probs, at_x, doubt))
-        new = draw_posterior(draw(probs, generator), at_x, seen, t_, s_, process, vocab, generator, p_uniform)
-        new = torch.where(t_ > s_, new, seen)
-        written = torch.zeros_like(free)
-        written[:, here], x[:, here] = new != seen, new
-        p_noise = p_noise.zero_()
+        p_noise, written = torch.zeros_like(p_noise), torch.zeros_like(free)
         p_noise[:, here] = doubt
+        fall = slice((falls[0] - first) * size, (falls[-1] + 1 - first) * size)                 # of what is seen
+        drawn, now_at = draw(probs[:, fall], generator), slice(falls[0] * size, (falls[-1] + 1) * size)
+        new = draw_posterior(drawn, *(y[:, fall] for y in (at_x, seen, t_, s_)), process, vocab, generator, p_uniform)
+        new = torch.where(t_[:, fall] > s_[:, fall], new, seen[:, fall])
+        written[:, now_at], x[:, now_at] = new != seen[:, fall], new
         if reward is not None and i == rows_that_fall[-1]:
             rows, _ = resample(log_w + reward_weight * (reward(x[:, :n_tokens]) - before), particles, luck, always=True)
             x, p_noise, written = x[rows], p_noise[rows], written[rows]

@@ -1,6 +1,6 @@
 """Does self-correction help, and whom?   python experiments/gidd.py [train | sample | table] [digits | text]
 
-train   digits with p_uniform 0, 0.1, 0.2 and three seeds; text (data/text) with 0, 0.2 and DDPD, two seeds: out/gidd/
+train   digits with p_uniform 0, 0.1, 0.2 and three seeds; text (data/text) with 0, 0.2, two seeds; DDPD beside them
 sample  at 16, 32 and 64 steps, before and after as many steps of self-correction: rows of assets/gidd_*.csv
 table   the README's tables from those files and assets/compare.csv
 Without a word all of it. Finished runs and rows are skipped, so it can be stopped and started again.
@@ -21,22 +21,25 @@ import evaluate
 import runtime
 import train_ddpd
 
-STEPS, N_SAMPLES = (16, 32, 64), 500
+STEPS, N_SAMPLES = (16, 32, 64), 250
 SEEDS = {"digits": (0, 1, 2), "text": (0, 1)}
-KINDS = {"digits": ("0.0", "0.1", "0.2"), "text": ("0.0", "0.2", "ddpd")}
+KINDS = {"digits": ("0.0", "0.1", "0.2", "ddpd"), "text": ("0.0", "0.2", "ddpd")}
 COLUMNS = {"digits": {"judge_acc": ".1%", "frechet": ".2f", "entropy": ".2f"},
            "text": {"ngram_bits": ".2f", "words": ".1%", "entropy": ".2f"}}
 
 
 def folder(data, kind, seed):
-    return f"out/gidd/{data}_{kind}_{seed}"
+    is_shared = (data, kind) == ("digits", "ddpd")                      # with experiments/compare.py
+    return f"out/compare/maskd_{seed}" if is_shared else f"out/gidd/{data}_{kind}_{seed}"
 
 
 def train(data):
     for seed in SEEDS[data]:
         for kind in KINDS[data]:
-            flags = ["--p-uniform", kind] if kind != "ddpd" else ["--method", "ddpd", "--n-layer", "2"]
-            cfg = config.load(argv=[str(ROOT / "configs" / f"{data}_gidd.py"), *flags, "--seed", str(seed),
+            flags = ["--p-uniform", kind] if kind != "ddpd" else []
+            flags += ["--method", "ddpd", "--n-layer", "2"] if (data, kind) == ("text", "ddpd") else []
+            name = "digits_maskd" if (data, kind) == ("digits", "ddpd") else f"{data}_gidd"
+            cfg = config.load(argv=[str(ROOT / "configs" / f"{name}.py"), *flags, "--seed", str(seed),
                                     "--out-dir", folder(data, kind, seed)])
             train_ddpd.main(replace(cfg, eval_interval=0, eval_samples=0))
 
@@ -67,7 +70,7 @@ def table(data):
     print("| noise | seeds | bits per token | " + " | ".join(f"{n} steps, then corrected" for n in STEPS) + " |")
     print("|---|---|---|" + "---|" * len(STEPS))
     for kind in KINDS[data]:
-        mine = [r for r in rows(data) if r["run"].startswith(folder(data, kind, ""))]
+        mine = [r for r in rows(data) if r["run"][:-1] == folder(data, kind, "")]
         if not mine:
             continue
         bits = {r["run"]: float(r["bits_per_token"]) for r in mine}

@@ -76,7 +76,7 @@ def sparse(seed=0):
 
 
 class Table:
-    """The same network for a dense world and one level for all rows: asked once per state, then looked up."""
+    """The same network for a dense world and the same levels in all rows: asked once per state, then looked up."""
 
     def __init__(self, world, net):
         self.world, self.net = world, net
@@ -85,7 +85,7 @@ class Table:
         self.place = (world.vocab + 1) ** torch.arange(n - 1, -1, -1)
 
     def __call__(self, x, t, label, sites=None):
-        assert (t == t[0, 0]).all()
-        known = self.net(self.states, t[:1].expand(len(self.states), 1), label[:1].expand(len(self.states)))
+        assert (t == t[:1]).all()
+        known = self.net(self.states, t[:1].expand(len(self.states), -1), label[:1].expand(len(self.states)))
         out = known[(x * self.place).sum(1)]
         return out if sites is None else out.gather(1, sites[..., None].expand(-1, -1, out.shape[-1]))

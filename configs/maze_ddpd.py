@@ -1,0 +1,8 @@
+"""A path through a maze of 9x9 tokens; walls, start and goal are given. Planner and denoiser.
+python train_ddpd.py configs/maze_ddpd.py && python sample.py out/maze_ddpd"""
+data = "maze"
+n_layer = 4
+n_head = 2
+n_embd = 128
+batch_size = 64
+max_iters = 2000
