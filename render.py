@@ -207,13 +207,13 @@ def planner_frames(states, labels, meta, decoder=None, known=None, real=None, wr
     n, wide = len(labels), 2 + (real is not None)
     columns = min(n, 3 if n in (3, 6, 9) else 4 if n in (7, 8) else 5)
     truth = None if real is None else pictures(real, meta, decoder)
-    columns = min(columns, 2) if meta["palette"] == "text" else columns
+    columns = min(columns, 2 if meta["palette"] == "text" else 5 if real is None else 4)
     stride = math.ceil(len(states) / MAX_FRAMES)
     for step in sorted({*range(0, len(states), stride), len(states) - 1}):
         x, p_noise, written, nfe = states[step]
         tiles = pictures(x, meta, decoder)
         height, width = tiles.shape[1:3]
-        cell_w, cell_h = wide * (width + 2) + 2 * GAP - 2, height + 22 + GAP
+        cell_w, cell_h = wide * (width + 2) + (wide + (real is None)) * GAP - 2, height + 22 + GAP
         bar_x = GAP + columns * cell_w
         canvas = Canvas(bar_x + 84, 40 + math.ceil(n / columns) * cell_h + 2)
         canvas.text(f"step {step + 1} of {len(states)}", GAP, 10, 18)
@@ -221,16 +221,17 @@ def planner_frames(states, labels, meta, decoder=None, known=None, real=None, wr
         canvas.text(f"expected noise left {p_noise.sum() / n:5.1f} of {x[0].size}", GAP + 290, 10, 18)
         canvas.draw.rectangle((bar_x - 156, 14, bar_x - 144, 26), outline=WRITTEN, width=2)
         canvas.text("just written", bar_x - 138, 11, 15)
-        if known is not None:
-            canvas.draw.rectangle((bar_x - 36, 14, bar_x - 24, 26), outline=KNOWN, width=2)
-            canvas.text("known", bar_x - 18, 11, 15)
+        for other, word, colour in [(known, "known", KNOWN), (wrong, "wrong", WRONG)]:
+            if other is not None:
+                canvas.draw.rectangle((bar_x - 36, 14, bar_x - 24, 26), outline=colour, width=2)
+                canvas.text(word, bar_x - 18, 11, 15)
         for i in range(n):
             left, top = GAP + i % columns * cell_w, 40 + i // columns * cell_h
             canvas.text(name_of(labels[i], meta), left, top, 15)
             canvas.text(f"noise {p_noise[i].sum():.1f}", left + 2 * width + 2, top, 15, "ra")
             if real is not None:
-                canvas.text("real", left + 2 * width + 4, top, 15)
-                canvas.paste(truth[i], left + 2 * width + 4, top + 20)
+                canvas.text("real", left + 2 * width + 2 + GAP, top, 15)
+                canvas.paste(truth[i], left + 2 * width + 2 + GAP, top + 20)
             if known is not None:
                 outline(tiles[i], flat(known)[i], KNOWN)
             outline(tiles[i], flat(written)[i], WRITTEN)

@@ -191,7 +191,7 @@ def main(flags):
         truth, errors = (None if y is None else y[:n_shown] for y in (real, wrong))
         render.samples_png(folder / "samples.png", tokens, labels, meta, decoder, wrong)
         for name, frames in shown.items():
-            marked = grids(known) if known is not None else None
+            marked = grids(known) if known is not None and not meta["given"] else None  # ids that are given show it
             if frames and is_video and kind == "forcing":
                 lag = 0 if sampler == "ancestral" else flags.lag
                 levels = samplers.staircase_of(meta["grid"], flags.n_steps, flags.frames, lag, flags.context)

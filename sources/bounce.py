@@ -1,6 +1,6 @@
-"""Video: one of three 2x2 sprites flies over an 8x8 frame with elastic walls, 8 frames.   Made when first used.
+"""Video: one of three 3x3 sprites flies over an 8x8 frame with elastic walls, 8 frames.   Made when first used.
 
-All 936 flights there are, a tenth held out. python data.py bounce --stochastic: a new velocity at every wall instead,
+All 660 flights there are, a tenth held out. python data.py bounce --stochastic: a new velocity at every wall instead,
 and 20,000 flights (data/bounce_stochastic).
 """
 
@@ -10,9 +10,9 @@ import numpy as np
 
 MAKES_ITSELF = True
 SIDE, FRAMES = 8, 8
-SPRITES = np.array([[[1, 2], [3, 1]], [[2, 2], [1, 3]], [[3, 1], [2, 3]]])
+SPRITES = np.array([[[1, 1, 1], [1, 2, 2], [1, 2, 3]], [[2, 3, 2], [3, 3, 3], [1, 3, 1]], [[3, 1, 2], [3, 2, 2], [3, 3, 3]]])
 SPEEDS = [v for v in itertools.product((-1, 0, 1), repeat=2) if v != (0, 0)]     # pixels per frame, (down, right)
-ROOM = SIDE - 2                         # the largest row and column of a sprite's corner
+ROOM = SIDE - 3                         # the largest row and column of a sprite's corner
 N_STOCHASTIC, VAL_SHARE, SEED = 20_000, 0.1, 0
 PALETTE = [[16, 18, 28], [240, 200, 80], [220, 80, 90], [90, 170, 240]]
 
@@ -24,7 +24,7 @@ def folder_name(how):
 def draw(sprite, corner):
     """Frames with a sprite's upper left corner at (row, column).  sprite (n,), corner (n, 2) -> (n, 8, 8)"""
     out = np.zeros((len(sprite), SIDE, SIDE), np.int64)
-    for i, j in itertools.product(range(2), repeat=2):
+    for i, j in itertools.product(range(3), repeat=2):
         out[np.arange(len(sprite)), corner[:, 0] + i, corner[:, 1] + j] = SPRITES[sprite, i, j]
     return out
 

@@ -1,0 +1,149 @@
+"""Rollouts and mazes, judged exactly.   python experiments/forcing.py [train | sample | table] [bounce | maze]
+
+bounce  Diffusion Forcing, full-sequence and next-frame diffusion, two seeds: 6 frames after 2, 62 frames after 2 with
+        and without stabilisation, and context with flipped pixels. Rows of assets/forcing_bounce.csv, frames.csv of runs
+maze    planner and denoiser, GIDD, Diffusion Forcing: success against NFE (assets/forcing_maze.csv); and particle
+        guidance through a wanted cell
+Without a word all of it. Finished runs and rows are skipped, so it can be stopped and started again.
+"""
+
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import config
+import evaluate
+import runtime
+import train_ddpd
+from diffusion import samplers
+
+RUNS = {"bounce": [(f"bounce_{kind}", seed) for seed in (0, 1) for kind in ("forcing", "full", "next")],
+        "maze": [("maze_forcing", 0), ("maze_ddpd", 0), ("maze_gidd", 0)]}
+LAG = {"bounce_forcing": -1, "bounce_full": 0, "bounce_next": -1}       # as each was trained
+STEPS, FAR, FLIPS = 8, 64, 0.05         # network calls per frame; frames of a long rollout; share of flipped pixels
+STABILISE = (0.0, 0.02, 0.05)
+SAMPLERS = {"maze_forcing": ("rollout",), "maze_ddpd": ("ddpd", "ancestral", "confidence"), "maze_gidd": ("ancestral",)}
+NFE, N_MAZES = (8, 16, 32, 64), 500
+PARTICLES, STRENGTH, N_GUIDED = 16, 6.0, 60
+
+
+def folder(name, seed):
+    return f"out/forcing/{name}_{seed}"
+
+
+def train(data):
+    for name, seed in RUNS[data]:
+        cfg = config.load(argv=[str(ROOT / "configs" / f"{name}.py"), "--seed", str(seed), "--out-dir",
+                                folder(name, seed)])
+        train_ddpd.main(replace(cfg, eval_interval=0, eval_samples=0))
+
+
+def rows(data):
+    path = ROOT / "assets" / f"forcing_{data}.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def add(data, row, **more):
+    evaluate.write_row(ROOT / "assets" / f"forcing_{data}.csv", row | more)
+    print(*(f"{k} {row[k]}" for k in ("run", "sampler", "nfe", "all_right", "right", "intact", "valid", "shortest")
+            if k in row), more, flush=True)
+
+
+def bounce_jobs(name, process, p_uniform, vocab):
+    """(what is asked, flags) of a run's rows."""
+    lag, told = LAG[name], samplers_level(FLIPS, vocab, process, p_uniform)
+    near, far = (evaluate.Flags(runs=(), frames=n, lag=lag) for n in (8, FAR))
+    jobs = [("near", near), *((f"far {s}", replace(far, stabilise=s)) for s in STABILISE)]
+    if name == "bounce_forcing":
+        jobs += [("pyramid", replace(near, lag=STEPS // 2)), ("together", replace(near, lag=0))]
+        jobs += [("flips", replace(near, flips=FLIPS)), ("flips told", replace(near, flips=FLIPS, context_level=told))]
+    return jobs
+
+
+def samplers_level(share, vocab, process, p_uniform):
+    from diffusion.processes import level_of_flips
+
+    return level_of_flips(share, vocab, process, p_uniform)
+
+
+def sample(data):
+    device = runtime.pick_device()
+    for name, seed in RUNS[data]:
+        if not (Path(folder(name, seed)) / "ckpt.pt").exists():
+            print(f"{folder(name, seed)} is not trained yet")
+            continue
+        run = evaluate.Run(folder(name, seed), device)
+        done = {r["job"] for r in rows(data) if r["run"] == run.folder}
+        if data == "bounce":
+            jobs = [(job, "rollout", STEPS, flags)
+                    for job, flags in bounce_jobs(name, run.process, run.p_uniform, run.meta["vocab"])]
+        else:
+            jobs = [(f"{s} {nfe}", s, nfe, evaluate.Flags(runs=(), n_samples=N_MAZES, correct=nfe // 2 * (s == "ancestral")))
+                    for s in SAMPLERS[name] for nfe in NFE]
+        if {job for job, *_ in jobs} <= done:
+            continue
+        bits = run.bits()
+        for job, sampler, nfe, flags in jobs:
+            if job not in done:
+                for row in evaluate.evaluate(run, sampler, nfe, seed, flags, bits):
+                    add(data, row, job=job)
+        if name == "maze_forcing" and "particles" not in done:
+            guide(run, bits)
+
+
+def guide(run, bits):
+    """Particles through a wanted cell, one that unguided paths seldom cross: rows of maze.csv."""
+    path, n_tokens = run.judge.source.PATH, 81
+    real, given, known = run.held_out(N_GUIDED, evaluate.Flags(runs=()))
+    many = [np.repeat(y, PARTICLES, 0) for y in (given, known)]
+    labels, rng = np.zeros(len(many[0]), np.int64), np.random.default_rng(0)
+    options = dict(n_steps=32)
+    free = run.draw("rollout", options, labels, 0, len(labels), *many)[0].reshape(N_GUIDED, PARTICLES, n_tokens)
+    rate = ((free == path) & run.judge.source.score(free.reshape(-1, 9, 9))["valid"].reshape(N_GUIDED, -1, 1)).mean(1)
+    wanted = [rng.choice(np.flatnonzero((0.05 < r) & (r < 0.3))) if ((0.05 < r) & (r < 0.3)).any() else -1 for r in rate]
+    keep = np.flatnonzero(np.array(wanted) >= 0)
+    cell = torch.from_numpy(np.repeat(np.array(wanted)[keep], PARTICLES))[:, None]
+    rows_kept = (keep[:, None] * PARTICLES + np.arange(PARTICLES)).flatten()
+
+    def reward(x):
+        return (x.gather(1, cell) == path)[:, 0].float()
+
+    for seed, strength in [(1, 0.0), (1, STRENGTH)]:
+        more = {} if strength == 0 else dict(reward=reward, reward_weight=strength, particles=PARTICLES, n_draws=4)
+        x = run.draw("rollout", options | more, labels[rows_kept], seed, len(rows_kept), *(y[rows_kept] for y in many))[0]
+        through = (x[np.arange(len(x)), cell[:, 0].numpy()] == path)
+        verdict = run.judge.source.score(x.reshape(-1, 9, 9), real[rows_kept // PARTICLES].reshape(-1, 9, 9))
+        row = dict(run=run.folder, sampler="particles" if more else "rollout", n=len(x), nfe=32,
+                   through=round(float((through & verdict["valid"]).mean()), 4), valid=round(float(verdict["valid"].mean()), 4),
+                   shortest=round(float(verdict["shortest"].mean()), 4), commit=runtime.commit())
+        add("maze", row, job="particles" if more else "particles, none")
+
+
+def table(data):
+    print("| run | job | NFE | " + " | ".join(KEYS[data]) + " |\n|---|---|---|" + "---|" * len(KEYS[data]))
+    for name in dict.fromkeys(name for name, _ in RUNS[data]):
+        mine = [r for r in rows(data) if r["run"][:-2] == folder(name, 0)[:-2]]
+        for job, sampler in dict.fromkeys((r["job"], r["sampler"]) for r in mine):
+            at = [r for r in mine if (r["job"], r["sampler"]) == (job, sampler)]
+            means = [np.mean([float(r[k]) for r in at if r.get(k)]) if any(r.get(k) for r in at) else np.nan
+                     for k in ("nfe", *KEYS[data])]
+            print(f"| {name} ({len(at)}) | {job}, {sampler} | {means[0]:.0f} | " + " | ".join(
+                "" if np.isnan(m) else f"{m:.1%}" for m in means[1:]) + " |")
+
+
+KEYS = {"bounce": ("all_right", "right", "intact"), "maze": ("valid", "shortest", "through")}
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if set(words) - {"train", "sample", "table", *RUNS}:
+        raise SystemExit(__doc__.split("\n")[0])
+    for data in [d for d in RUNS if d in words] or RUNS:
+        for word in [w for w in ("train", "sample", "table") if w in words] or ("train", "sample", "table"):
+            {"train": train, "sample": sample, "table": table}[word](data)
