@@ -1,4 +1,4 @@
-"""A path through a maze of 9x9 tokens; walls, start and goal are given. Diffusion Forcing, a noise level for each token.
+"""A path through a maze of 9x9 tokens; walls, start and goal are given. Diffusion Forcing, a level for each token.
 python train_ddpd.py configs/maze_forcing.py && python sample.py out/maze_forcing"""
 data = "maze"
 method = "forcing"

@@ -1,7 +1,7 @@
 """Rollouts and mazes, judged exactly.   python experiments/forcing.py [train | sample | table] [bounce | maze]
 
 bounce  Diffusion Forcing, full-sequence and next-frame diffusion, two seeds: 6 frames after 2, 62 frames after 2 with
-        and without stabilisation, and context with flipped pixels. Rows of assets/forcing_bounce.csv, frames.csv of runs
+        and without stabilisation, and context with flipped pixels: assets/forcing_bounce.csv, frames.csv of the runs
 maze    planner and denoiser, GIDD, Diffusion Forcing: success against NFE (assets/forcing_maze.csv); and particle
         guidance through a wanted cell
 Without a word all of it. Finished runs and rows are skipped, so it can be stopped and started again.
@@ -22,7 +22,7 @@ import config
 import evaluate
 import runtime
 import train_ddpd
-from diffusion import samplers
+from diffusion import processes
 
 RUNS = {"bounce": [(f"bounce_{kind}", seed) for seed in (0, 1) for kind in ("forcing", "full", "next")],
         "maze": [("maze_forcing", 0), ("maze_ddpd", 0), ("maze_gidd", 0)]}
@@ -58,19 +58,13 @@ def add(data, row, **more):
 
 def bounce_jobs(name, process, p_uniform, vocab):
     """(what is asked, flags) of a run's rows."""
-    lag, told = LAG[name], samplers_level(FLIPS, vocab, process, p_uniform)
+    lag, told = LAG[name], processes.level_of_flips(FLIPS, vocab, process, p_uniform)
     near, far = (evaluate.Flags(runs=(), frames=n, lag=lag) for n in (8, FAR))
     jobs = [("near", near), *((f"far {s}", replace(far, stabilise=s)) for s in STABILISE)]
     if name == "bounce_forcing":
         jobs += [("pyramid", replace(near, lag=STEPS // 2)), ("together", replace(near, lag=0))]
         jobs += [("flips", replace(near, flips=FLIPS)), ("flips told", replace(near, flips=FLIPS, context_level=told))]
     return jobs
-
-
-def samplers_level(share, vocab, process, p_uniform):
-    from diffusion.processes import level_of_flips
-
-    return level_of_flips(share, vocab, process, p_uniform)
 
 
 def sample(data):
@@ -85,7 +79,7 @@ def sample(data):
             jobs = [(job, "rollout", STEPS, flags)
                     for job, flags in bounce_jobs(name, run.process, run.p_uniform, run.meta["vocab"])]
         else:
-            jobs = [(f"{s} {nfe}", s, nfe, evaluate.Flags(runs=(), n_samples=N_MAZES, correct=nfe // 2 * (s == "ancestral")))
+            jobs = [(f"{s} {nfe}", s, nfe, evaluate.Flags(runs=(), n_samples=N_MAZES, correct=nfe // 2))
                     for s in SAMPLERS[name] for nfe in NFE]
         if {job for job, *_ in jobs} <= done:
             continue
@@ -107,7 +101,8 @@ def guide(run, bits):
     options = dict(n_steps=32)
     free = run.draw("rollout", options, labels, 0, len(labels), *many)[0].reshape(N_GUIDED, PARTICLES, n_tokens)
     rate = ((free == path) & run.judge.source.score(free.reshape(-1, 9, 9))["valid"].reshape(N_GUIDED, -1, 1)).mean(1)
-    wanted = [rng.choice(np.flatnonzero((0.05 < r) & (r < 0.3))) if ((0.05 < r) & (r < 0.3)).any() else -1 for r in rate]
+    seldom = [np.flatnonzero((0.05 < r) & (r < 0.3)) for r in rate]     # cells on one path in twenty to three
+    wanted = [rng.choice(cells) if len(cells) else -1 for cells in seldom]
     keep = np.flatnonzero(np.array(wanted) >= 0)
     cell = torch.from_numpy(np.repeat(np.array(wanted)[keep], PARTICLES))[:, None]
     rows_kept = (keep[:, None] * PARTICLES + np.arange(PARTICLES)).flatten()
@@ -117,12 +112,13 @@ def guide(run, bits):
 
     for seed, strength in [(1, 0.0), (1, STRENGTH)]:
         more = {} if strength == 0 else dict(reward=reward, reward_weight=strength, particles=PARTICLES, n_draws=4)
-        x = run.draw("rollout", options | more, labels[rows_kept], seed, len(rows_kept), *(y[rows_kept] for y in many))[0]
+        start = [y[rows_kept] for y in many]
+        x = run.draw("rollout", options | more, labels[rows_kept], seed, len(rows_kept), *start)[0]
         through = (x[np.arange(len(x)), cell[:, 0].numpy()] == path)
         verdict = run.judge.source.score(x.reshape(-1, 9, 9), real[rows_kept // PARTICLES].reshape(-1, 9, 9))
-        row = dict(run=run.folder, sampler="particles" if more else "rollout", n=len(x), nfe=32,
-                   through=round(float((through & verdict["valid"]).mean()), 4), valid=round(float(verdict["valid"].mean()), 4),
-                   shortest=round(float(verdict["shortest"].mean()), 4), commit=runtime.commit())
+        means = dict(through=through & verdict["valid"]) | verdict
+        row = dict(run=run.folder, sampler="particles" if more else "rollout", n=len(x), nfe=32, commit=runtime.commit())
+        row |= {k: round(float(v.mean()), 4) for k, v in means.items()}
         add("maze", row, job="particles" if more else "particles, none")
 
 

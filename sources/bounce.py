@@ -10,7 +10,8 @@ import numpy as np
 
 MAKES_ITSELF = True
 SIDE, FRAMES = 8, 8
-SPRITES = np.array([[[1, 1, 1], [1, 2, 2], [1, 2, 3]], [[2, 3, 2], [3, 3, 3], [1, 3, 1]], [[3, 1, 2], [3, 2, 2], [3, 3, 3]]])
+SPRITES = np.array([[[1, 1, 1], [1, 2, 2], [1, 2, 3]], [[2, 3, 2], [3, 3, 3], [1, 3, 1]],
+                    [[3, 1, 2], [3, 2, 2], [3, 3, 3]]])
 SPEEDS = [v for v in itertools.product((-1, 0, 1), repeat=2) if v != (0, 0)]     # pixels per frame, (down, right)
 ROOM = SIDE - 3                         # the largest row and column of a sprite's corner
 N_STOCHASTIC, VAL_SHARE, SEED = 20_000, 0.1, 0
