@@ -93,7 +93,8 @@ class Run:
 
     def bits(self):
         """Bits per token of held-out data by the bound that is tight for exact networks, and its standard error."""
-        x0, label = self.val(-(-N_BITS // len(self.splits["val"])) * len(self.splits["val"]))
+        n = N_BITS // (4 if self.is_video else 1)
+        x0, label = self.val(-(-n // len(self.splits["val"])) * len(self.splits["val"]))
         with runtime.autocast(self.device, self.cfg["dtype"]):
             bounds = objectives.bits_per_token(self.nets, self.kind, x0, label, self.meta["vocab"],
                                                runtime.generator(0), self.p_uniform, process=self.process,

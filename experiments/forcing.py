@@ -117,7 +117,8 @@ def guide(run, bits):
         through = (x[np.arange(len(x)), cell[:, 0].numpy()] == path)
         verdict = run.judge.source.score(x.reshape(-1, 9, 9), real[rows_kept // PARTICLES].reshape(-1, 9, 9))
         means = dict(through=through & verdict["valid"]) | verdict
-        row = dict(run=run.folder, sampler="particles" if more else "rollout", n=len(x), nfe=32, commit=runtime.commit())
+        name = "particles" if more else "rollout"
+        row = dict(run=run.folder, sampler=name, n=len(x), nfe=32, commit=runtime.commit())
         row |= {k: round(float(v.mean()), 4) for k, v in means.items()}
         add("maze", row, job="particles" if more else "particles, none")
 
