@@ -13,7 +13,7 @@ ROPE_BASE = 100.0           # slowest wavelength 2 pi * 100 positions: longer th
 N_CONTEXT = 4               # context tokens per class label
 N_LEVEL_FEATURES = 64
 EMBED_STD = 0.5             # of tokens, places, context and level features: the same at every width
-SHORT = 256                 # keys, on a CPU
+SHORT = 512                 # keys, on a CPU
 LOGITS_PER_CHUNK = 2**25    # the head sees this many logits at once: 128 MB in float32
 
 
@@ -122,6 +122,8 @@ class Block(nn.Module):
         super().__init__()
         self.n_head, d = shape.n_head, shape.n_embd
         self.scale = math.sqrt(shape.base_head_dim or shape.head_dim) / shape.head_dim
+        if shape.is_video:
+            self.scale *= 3                                             # of a head's pairs a third turns with each axis
         self.split = [d, d, d, d, 4 * d]                                # q, k, v, cross q, MLP hidden
         self.into = nn.Linear(d, sum(self.split), bias=False)
         self.context_kv = nn.Linear(d, 2 * d, bias=False)

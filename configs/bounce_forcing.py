@@ -3,9 +3,11 @@ python train_ddpd.py configs/bounce_forcing.py && python sample.py out/bounce_fo
 data = "bounce"
 method = "forcing"
 level_group = "frame"
+staircase_share = 0.75
 weight = "none"
+p_uniform = 0.05
 n_layer = 4
 n_head = 2
 n_embd = 128
 batch_size = 8
-max_iters = 1200
+max_iters = 5000

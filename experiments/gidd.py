@@ -34,8 +34,8 @@ def folder(data, kind, seed):
 
 
 def train(data):
-    for seed in SEEDS[data]:
-        for kind in KINDS[data]:
+    for kind in KINDS[data]:
+        for seed in SEEDS[data]:
             flags = ["--p-uniform", kind] if kind != "ddpd" else []
             flags += ["--method", "ddpd", "--n-layer", "2"] if (data, kind) == ("text", "ddpd") else []
             name = "digits_maskd" if (data, kind) == ("digits", "ddpd") else f"{data}_gidd"
@@ -51,8 +51,11 @@ def rows(data):
 
 def sample(data):
     device = runtime.pick_device()
-    for seed in SEEDS[data]:
-        for kind in KINDS[data]:
+    for kind in KINDS[data]:
+        for seed in SEEDS[data]:
+            if not (Path(folder(data, kind, seed)) / "ckpt.pt").exists():
+                print(f"{folder(data, kind, seed)} is not trained yet")
+                continue
             done = {int(r["steps"]) for r in rows(data) if r["run"] == folder(data, kind, seed)}
             if set(STEPS) <= done:
                 continue
