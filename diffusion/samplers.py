@@ -434,8 +434,7 @@ def rollout(denoiser, x, label, levels, *, generator, process="hybrid", vocab=No
     levels = torch.cat([levels, levels.new_ones(n_rows, missing)], 1).to(x.device, torch.float32)
     is_known = ~free.view(len(x), -1, size).any(2).any(0)               # (F,) frames in which nothing is to be drawn
     levels = levels.masked_fill(is_known, 0)
-    luck = torch.Generator(x.device).manual_seed(generator.initial_seed() + 1)      # predictions spend no draw of x
-    before, log_w = torch.zeros(len(x), device=x.device), torch.zeros(len(x), device=x.device)
+    herd = Particles(reward, reward_weight, particles, n_draws, n_tokens, x, generator)
     p_noise = torch.zeros(x.shape, device=x.device)
     rows_that_fall = [i for i in range(n_rows - 1) if (levels[i] > levels[i + 1]).any()]
     for i in rows_that_fall:
@@ -459,15 +458,8 @@ def rollout(denoiser, x, label, levels, *, generator, process="hybrid", vocab=No
         at_x = probs.gather(-1, seen.clamp_max(vocab - 1)[..., None])[..., 0]                   # (B, n)
         doubt = noise_of(at_x, seen, t_, process, vocab, p_uniform) * (t_ > 0)
         if reward is not None:
-            now = 0
-            for _ in range(n_draws):
-                is_noise = torch.rand(doubt.shape, generator=luck, device=x.device) < doubt
-                clean = x.clone()
-                clean[:, here] = torch.where(is_noise, draw(probs, luck), seen)
-                now = now + reward(clean[:, :n_tokens]) / n_draws
-            log_w = log_w + reward_weight * (now - before)
-            rows, log_w = resample(log_w, particles, luck)
-            before, x, seen, probs, at_x, doubt = (y[rows] for y in (now, x, seen, probs, at_x, doubt))
+            rows = herd.move(herd.expects(x, here, probs, doubt))
+            x, seen, probs, at_x, doubt = (y[rows] for y in (x, seen, probs, at_x, doubt))
         p_noise, written = torch.zeros_like(p_noise), torch.zeros_like(free)
         p_noise[:, here] = doubt
         fall = slice((falls[0] - first) * size, (falls[-1] + 1 - first) * size)                 # of what is seen
@@ -476,10 +468,36 @@ def rollout(denoiser, x, label, levels, *, generator, process="hybrid", vocab=No
         new = torch.where(t_[:, fall] > s_[:, fall], new, seen[:, fall])
         written[:, now_at], x[:, now_at] = new != seen[:, fall], new
         if reward is not None and i == rows_that_fall[-1]:
-            rows, _ = resample(log_w + reward_weight * (reward(x[:, :n_tokens]) - before), particles, luck, always=True)
+            rows = herd.move(reward(x[:, :n_tokens]), always=True)
             x, p_noise, written = x[rows], p_noise[rows], written[rows]
         yield State(x[:, :n_tokens].clone(), p_noise[:, :n_tokens].clone(), written[:, :n_tokens],
                     t_.sum(1) / (t_ > 0).sum(1).clamp_min(1), nfe)
+
+
+class Particles:
+    """Groups of sequences whose weights follow a reward as it becomes known (sequential Monte Carlo)."""
+
+    def __init__(self, reward, weight, n, n_draws, n_tokens, x, generator):
+        self.reward, self.weight, self.n, self.n_draws, self.n_tokens = reward, weight, n, n_draws, n_tokens
+        self.before, self.log_w = torch.zeros(len(x), device=x.device), torch.zeros(len(x), device=x.device)
+        self.luck = torch.Generator(x.device).manual_seed(generator.initial_seed() + 1)     # spends no draw of x
+
+    def expects(self, x, here, probs, doubt):
+        """Mean reward of draws of the clean tokens; doubt (B, n): P(noise) of the tokens `here`.  -> (B,)"""
+        total = torch.zeros(len(x), device=x.device)
+        for _ in range(self.n_draws):
+            is_noise = torch.rand(doubt.shape, generator=self.luck, device=x.device) < doubt
+            clean = x.clone()
+            clean[:, here] = torch.where(is_noise, draw(probs, self.luck), x[:, here])
+            total += self.reward(clean[:, :self.n_tokens])
+        return total / self.n_draws
+
+    def move(self, now, always=False):
+        """Weigh by what the reward has gained, and resample.  -> rows (B,) to go on from"""
+        self.log_w = self.log_w + self.weight * (now - self.before)
+        rows, self.log_w = resample(self.log_w, self.n, self.luck, always)
+        self.before = now[rows]
+        return rows
 
 
 def resample(log_w, particles, generator, always=False):
