@@ -342,6 +342,8 @@ def test_a_window_sees_the_same_wherever_it_stands(rng):
     q, k = torch.randn(2, 16, 16, generator=rng)
     scores = [model.rotate(q, *turn) @ model.rotate(k, *turn).T for turn in (far, near)]
     assert torch.allclose(*scores, atol=1e-4)
+    first = model.rope_angles((4, 2, 2), 16)[:4].repeat(4, 1)
+    assert all(torch.equal(y, z) for y, z in zip(net.turns(6, 4)[1], (first.cos(), first.sin()), strict=True))
     assert net(x, t, label).shape == (2, 40, V)
 
 
