@@ -127,8 +127,6 @@ class Block(nn.Module):
         super().__init__()
         self.n_head, d = shape.n_head, shape.n_embd
         self.scale = math.sqrt(shape.base_head_dim or shape.head_dim) / shape.head_dim
-        if shape.is_video:
-            self.scale *= 3                                             # of a head's pairs a third turns with each axis
         self.split = [d, d, d, d, 4 * d]                                # q, k, v, cross q, MLP hidden
         self.into = nn.Linear(d, sum(self.split), bias=False)
         self.context_kv = nn.Linear(d, 2 * d, bias=False)
@@ -153,9 +151,9 @@ class Transformer(nn.Module):
     x (B, N) int64 in [0, V], the mask being V;  t (B, 1) or (B, N), read if is_told_t;  label (B,) in [0, n_classes]
     """
 
-    def __init__(self, shape, head, is_told_t=False):
+    def __init__(self, shape, head, is_told_t=False, is_per_token=False):
         super().__init__()
-        self.shape, self.head, self.is_told_t = shape, head, is_told_t
+        self.shape, self.head, self.is_told_t, self.is_per_token = shape, head, is_told_t, is_per_token
         d = shape.n_embd
         self.embed = nn.Embedding(shape.vocab + 1, d)
         self.context = nn.Embedding(shape.n_classes + 1, N_CONTEXT * d)
@@ -175,6 +173,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=EMBED_STD)
             else:                                                       # readouts, and what is added to the residual
                 nn.init.zeros_(p)
+        if is_told_t and is_per_token:                                  # must not drown what each token is
+            nn.init.normal_(self.level.weight, std=EMBED_STD / math.sqrt(N_LEVEL_FEATURES / 2))
 
     def hidden(self, x, t, label, cache=None, keep=0):
         """The last residual, normalised: what the head reads.  -> (B, N, D)
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
                 place = place + frames[0].repeat_interleave(self.shape.n_places, 0)
         h = self.embed(x) + place                                       # (B, N, D)
         if self.is_told_t:
-            h = h + self.level(level_features(t))                       # (B, 1, D) or (B, N, D)
+            h = h + self.level(level_features(t, self.is_per_token))    # (B, 1, D) or (B, N, D)
         context = norm(self.context(label).view(len(x), N_CONTEXT, -1))
         look = (cache or Causal(self.shape)) if self.shape.causal else None
         first = look.n_kept if look else 0
@@ -236,9 +236,12 @@ class Transformer(nn.Module):
         return self.logits(h).float()
 
 
-def level_features(t):
-    """Sines and cosines of the noise level.  t (B, 1) or (B, N)  ->  (B, 1 or N, N_LEVEL_FEATURES)"""
-    freq = torch.logspace(0, 3, N_LEVEL_FEATURES // 2, device=t.device)
+def level_features(t, is_smooth=False):
+    """Sines and cosines of the noise level.  t (B, 1) or (B, N)  ->  (B, 1 or N, N_LEVEL_FEATURES)
+
+    is_smooth: none so fast that levels of neighbours look unrelated
+    """
+    freq = torch.logspace(0, 1.5 if is_smooth else 3, N_LEVEL_FEATURES // 2, device=t.device)
     angle = t[..., None] * freq
     return torch.cat([angle.sin(), angle.cos()], -1)
 
@@ -317,7 +320,7 @@ def names_of(kind):
 
 def build_one(shape, name, kind, device="cpu"):
     with torch.device(device):
-        return Transformer(shape, name, is_told_t=name == "denoiser" and kind != "maskd")
+        return Transformer(shape, name, name == "denoiser" and kind != "maskd", kind == "forcing")
 
 
 def build(shape, kind):
