@@ -122,7 +122,11 @@ class Run:
         return real, given, None if known is None else known.numpy()
 
     def frames(self, flags):
-        return flags.frames or 8 * self.meta["grid"][0]
+        """Frames of a video: a rollout makes any number, all else as many as the data has."""
+        own = self.meta["grid"][0]
+        if self.kind != "forcing" and flags.frames not in (0, own):
+            raise SystemExit(f"--frames {flags.frames}: a {self.kind} run makes {own}")
+        return flags.frames or (8 * own if self.kind == "forcing" else own)
 
     def draw(self, sampler, options, labels, seed, batch_size, given=None, known=None):
         """given: (n, N) tokens where known, or all to be corrected.  -> tokens (n, N), mean NFE, seconds per sample"""

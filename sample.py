@@ -136,8 +136,8 @@ def main(flags):
     decoder = render.load_decoder(flags.decoder, meta, device) if flags.decoder else None
     grid, real = list(meta["grid"]), None
     is_video = len(grid) == 3
-    if (flags.frames and not is_video) or min(flags.frames, flags.context) < 0:
-        raise SystemExit("--frames and --context are numbers of a video's frames")
+    if (flags.frames and not (is_video and kind == "forcing")) or min(flags.frames, flags.context) < 0:
+        raise SystemExit("--frames and --context are numbers of a video's frames, and --frames is for forcing runs")
     if not flags.known and (is_video or meta["given"]):
         real, given, known, labels = held_out(state["config"], meta, flags, labels, device)
         grid = list(real.shape[1:])

@@ -124,7 +124,8 @@ def validate(cfg, meta, nets, split, device):
         at, target, loss, verdict = torch.cat(rows).double().unbind(-1)
         short, second = ("bce", "auroc") if name == "planner" else ("ce", "accuracy")
         short = "loss" if cfg.method != "ddpd" and cfg.weight != "none" else short
-        groups = [torch.ones_like(at, dtype=torch.bool), *((at * N_BINS).long() == i for i in range(N_BINS))]
+        which = (at * N_BINS).long().clamp_max(N_BINS - 1)
+        groups = [torch.ones_like(which, dtype=torch.bool), *(which == i for i in range(N_BINS))]
         first, other = [], []
         for g in groups:
             first.append(round(loss[g].mean().item(), 5) if g.any() else None)
@@ -145,8 +146,9 @@ def validate(cfg, meta, nets, split, device):
 
 
 @torch.no_grad()
-def draw_samples(cfg, meta, nets, split, device, it, log, n_steps=32):
+def draw_samples(cfg, meta, nets, split, device, it, log):
     """samples.png of a few samples, classes in turn, by the run's first sampler; with its video for wandb"""
+    n_steps = 8 if len(meta["grid"]) == 3 else 32                       # of each frame
     label = torch.arange(cfg.eval_samples, device=device) % max(1, meta["n_classes"])
     rng, shown = runtime.generator(EVAL, device=device), []
     real = torch.from_numpy(split.some(cfg.eval_samples)[0]).to(device)
@@ -228,6 +230,8 @@ def open_data(cfg):
     for key, said in (stated_meta(cfg) or {}).items():
         if key != "name" and meta[key] != said:
             raise SystemExit(f"{key} is {meta[key]} in data {cfg.data}, but {said} in the config")
+    if cfg.method == "forcing" and cfg.level_group in ("frame", "next") and len(meta["grid"]) != 3:
+        raise SystemExit(f"level_group {cfg.level_group} needs frames, and {cfg.data} is no video: token or shared")
     return meta, splits
 
 

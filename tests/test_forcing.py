@@ -509,5 +509,7 @@ def test_a_video_run_from_training_to_rollout(flags):
     done = script("sample.py", out, "--n-steps", 2, "--sampler", "ancestral", "--context", 0, "--n-video", 0)
     assert done.returncode == 0, done.stderr
     assert "8 samples, 2.0 NFE each" in done.stdout
+    refused = script("train_ddpd.py", *TINY, "--method", "forcing", "--out-dir", "out/refused")
+    assert refused.returncode != 0 and "digits is no video" in refused.stderr
     refused = script("sample.py", out, "--frames", 2)
     assert refused.returncode != 0 and "no more than the 2 that are given" in refused.stderr
