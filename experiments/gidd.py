@@ -21,7 +21,7 @@ import evaluate
 import runtime
 import train_ddpd
 
-STEPS, N_SAMPLES = (16, 32, 64), 250
+STEPS, N_SAMPLES = (16, 32, 64), {"digits": 250, "text": 100}
 SEEDS = {"digits": (0, 1, 2), "text": (0, 1)}
 KINDS = {"digits": ("0.0", "0.1", "0.2", "ddpd"), "text": ("0.0", "0.2", "ddpd")}
 COLUMNS = {"digits": {"judge_acc": ".1%", "frechet": ".2f", "entropy": ".2f"},
@@ -62,7 +62,7 @@ def sample(data):
             run = evaluate.Run(folder(data, kind, seed), device)
             bits, name = run.bits(), "ddpd" if kind == "ddpd" else "ancestral"
             for steps in (n for n in STEPS if n not in done):
-                flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES, correct=steps)
+                flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES[data], correct=steps)
                 for row in evaluate.evaluate(run, name, 2 * steps if kind == "ddpd" else steps, seed, flags, bits):
                     evaluate.write_row(ROOT / "assets" / f"gidd_{data}.csv", row)
                     print(*(row[k] for k in ("run", "sampler", "steps", "nfe", *COLUMNS[data])), flush=True)
