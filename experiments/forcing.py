@@ -27,7 +27,8 @@ from diffusion import processes
 RUNS = {"bounce": [(f"bounce_{kind}", seed) for seed in (0, 1) for kind in ("forcing", "full", "next")],
         "maze": [("maze_forcing", 0), ("maze_ddpd", 0), ("maze_gidd", 0)]}
 LAG = {"bounce_forcing": -1, "bounce_full": 0, "bounce_next": -1}       # as each was trained
-STEPS, FAR, FLIPS = 8, 64, 0.05         # network calls per frame; frames of a long rollout; share of flipped pixels
+STEPS, FLIPS = 8, 0.05                  # network calls per frame; share of flipped pixels
+FAR, N_FAR = 64, 22                     # frames of a long rollout, and how many of them
 STABILISE = (0.0, 0.02, 0.05)
 SAMPLERS = {"maze_forcing": ("rollout",), "maze_ddpd": ("ddpd", "ancestral", "confidence"), "maze_gidd": ("ancestral",)}
 NFE, N_MAZES = (8, 16, 32, 64), 500
@@ -60,7 +61,7 @@ def bounce_jobs(name, process, p_uniform, vocab):
     """(what is asked, flags) of a run's rows."""
     lag, told = LAG[name], processes.level_of_flips(FLIPS, vocab, process, p_uniform)
     near, far = (evaluate.Flags(runs=(), frames=n, lag=lag) for n in (8, FAR))
-    jobs = [("near", near), *((f"far {s}", replace(far, stabilise=s)) for s in STABILISE)]
+    jobs = [("near", near), *((f"far {s}", replace(far, stabilise=s, n_samples=N_FAR)) for s in STABILISE)]
     if name == "bounce_forcing":
         jobs += [("pyramid", replace(near, lag=STEPS // 2)), ("together", replace(near, lag=0))]
         jobs += [("flips", replace(near, flips=FLIPS)), ("flips told", replace(near, flips=FLIPS, context_level=told))]
