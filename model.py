@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 ROPE_BASE = 100.0           # slowest wavelength 2 pi * 100 positions: longer than any axis here
 N_CONTEXT = 4               # context tokens per class label
-N_LEVEL_FEATURES = 64
+N_LEVEL_FEATURES = 32
 EMBED_STD = 0.5             # of tokens, places, context and level features: the same at every width
 SHORT = 512                 # keys, on a CPU
 LOGITS_PER_CHUNK = 2**25    # the head sees this many logits at once: 128 MB in float32
@@ -151,9 +151,9 @@ class Transformer(nn.Module):
     x (B, N) int64 in [0, V], the mask being V;  t (B, 1) or (B, N), read if is_told_t;  label (B,) in [0, n_classes]
     """
 
-    def __init__(self, shape, head, is_told_t=False, is_per_token=False):
+    def __init__(self, shape, head, is_told_t=False):
         super().__init__()
-        self.shape, self.head, self.is_told_t, self.is_per_token = shape, head, is_told_t, is_per_token
+        self.shape, self.head, self.is_told_t = shape, head, is_told_t
         d = shape.n_embd
         self.embed = nn.Embedding(shape.vocab + 1, d)
         self.context = nn.Embedding(shape.n_classes + 1, N_CONTEXT * d)
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=EMBED_STD)
             else:                                                       # readouts, and what is added to the residual
                 nn.init.zeros_(p)
-        if is_told_t and is_per_token:                                  # must not drown what each token is
+        if is_told_t:                                                   # must not drown what each token is
             nn.init.normal_(self.level.weight, std=EMBED_STD / math.sqrt(N_LEVEL_FEATURES / 2))
 
     def hidden(self, x, t, label, cache=None, keep=0):
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
                 place = place + frames[0].repeat_interleave(self.shape.n_places, 0)
         h = self.embed(x) + place                                       # (B, N, D)
         if self.is_told_t:
-            h = h + self.level(level_features(t, self.is_per_token))    # (B, 1, D) or (B, N, D)
+            h = h + self.level(level_features(t))                       # (B, 1, D) or (B, N, D)
         context = norm(self.context(label).view(len(x), N_CONTEXT, -1))
         look = (cache or Causal(self.shape)) if self.shape.causal else None
         first = look.n_kept if look else 0
@@ -236,12 +236,9 @@ class Transformer(nn.Module):
         return self.logits(h).float()
 
 
-def level_features(t, is_smooth=False):
-    """Sines and cosines of the noise level.  t (B, 1) or (B, N)  ->  (B, 1 or N, N_LEVEL_FEATURES)
-
-    is_smooth: none so fast that levels of neighbours look unrelated
-    """
-    freq = torch.logspace(0, 1.5 if is_smooth else 3, N_LEVEL_FEATURES // 2, device=t.device)
+def level_features(t):
+    """Sines and cosines of the noise level, the fastest of wavelength 0.2.  t (B, 1 or N) -> (B, 1 or N, features)"""
+    freq = torch.logspace(0, 1.5, N_LEVEL_FEATURES // 2, device=t.device)
     angle = t[..., None] * freq
     return torch.cat([angle.sin(), angle.cos()], -1)
 
@@ -320,7 +317,7 @@ def names_of(kind):
 
 def build_one(shape, name, kind, device="cpu"):
     with torch.device(device):
-        return Transformer(shape, name, name == "denoiser" and kind != "maskd", kind == "forcing")
+        return Transformer(shape, name, name == "denoiser" and kind != "maskd")
 
 
 def build(shape, kind):

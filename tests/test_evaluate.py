@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import types
 from pathlib import Path
 
 import numpy as np
@@ -121,14 +122,14 @@ def test_scores_of_real_and_of_ruined_digits(judge):
     [("ddpd", "maskd", 9, 4), ("ddpd", "single", 9, 9), ("remdm", "maskd", 8, 8), ("ancestral", "unid", 3, 3)],
 )
 def test_steps_for_a_number_of_calls(name, kind, nfe, steps):
+    of = lambda kind: types.SimpleNamespace(kind=kind, is_video=False)  # noqa: E731
     flags = evaluate.Flags(runs=("x",))
-    assert evaluate.n_steps_of(name, kind, nfe, flags) == steps
+    assert evaluate.n_steps_of(name, of(kind), nfe, flags) == steps
     guided = evaluate.Flags(runs=("x",), guidance=2.0)
-    assert (
-        evaluate.n_steps_of("ddpd", "maskd", 9, guided) == 3 and evaluate.n_steps_of("remdm", "maskd", 9, guided) == 4
-    )
+    assert evaluate.n_steps_of("ddpd", of("maskd"), 9, guided) == 3
+    assert evaluate.n_steps_of("remdm", of("maskd"), 9, guided) == 4
     with pytest.raises(SystemExit, match="--nfe 1 is too small for ddpd"):
-        evaluate.n_steps_of("ddpd", "unid", 1, flags)
+        evaluate.n_steps_of("ddpd", of("unid"), 1, flags)
 
 
 @pytest.fixture(scope="module")

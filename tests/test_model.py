@@ -6,7 +6,20 @@ import torch
 import torch.nn.functional as F
 
 from diffusion import objectives
-from model import Shape, Transformer, attend, build, map_logits, norm, param_groups, rope_angles, rotate
+from model import (
+    EMBED_STD,
+    Shape,
+    Transformer,
+    attend,
+    build,
+    build_one,
+    level_features,
+    map_logits,
+    norm,
+    param_groups,
+    rope_angles,
+    rotate,
+)
 
 SHAPE = Shape(grid=(4, 6), vocab=11, n_classes=3, n_layer=2, n_head=2, n_embd=32, base_width=32)
 
@@ -61,6 +74,16 @@ def test_forms_of_a_net(rng):
     assert not torch.allclose(net(x, t, (label + 1) % 3), full, atol=1e-3)
     blind = awake(Transformer(SHAPE, "denoiser"))
     assert torch.equal(blind(x, t, label), blind(x, 1 - t, label))
+
+
+def test_levels_do_not_drown_tokens():
+    """What is added for the level is as large as what is added for the token, and neighbouring levels look alike."""
+    net = build_one(replace(SHAPE, n_embd=512, n_head=8), "denoiser", "gidd")
+    t = torch.linspace(0, 1, 101)[:, None]
+    level = net.level(level_features(t))
+    assert level.square().mean().sqrt().item() == pytest.approx(EMBED_STD, rel=0.1)
+    assert net.embed.weight.square().mean().sqrt().item() == pytest.approx(EMBED_STD, rel=0.1)
+    assert torch.cosine_similarity(level[1:], level[:-1], -1).min() > 0.95
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (4, 10), (1, 24), (3, 5, 7)])
