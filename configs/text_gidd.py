@@ -9,4 +9,4 @@ n_layer = 4
 n_head = 3
 n_embd = 192
 batch_size = 32
-max_iters = 1200
+max_iters = 2000

@@ -1,10 +1,10 @@
-"""Rollouts and mazes, judged exactly.   python experiments/forcing.py [train | sample | table] [bounce | maze]
+"""Rollouts and mazes, judged exactly.   python experiments/forcing.py [train | sample | table] [bounce | maze] [compile]
 
 bounce  Diffusion Forcing, full-sequence and next-frame diffusion, two seeds: 6 frames after 2, 62 frames after 2 with
         and without stabilisation, and context with flipped pixels: assets/forcing_bounce.csv, frames.csv of the runs
 maze    planner and denoiser, GIDD, Diffusion Forcing: success against NFE (assets/forcing_maze.csv); and particle
         guidance through a wanted cell
-Without a word all of it. Finished runs and rows are skipped, so it can be stopped and started again.
+Without a word all of it; compile: trains compiled networks, which takes half the time. Finished runs and rows are skipped, so it can be stopped and started again.
 """
 
 import csv
@@ -43,7 +43,7 @@ def train(data):
     for name, seed in RUNS[data]:
         cfg = config.load(argv=[str(ROOT / "configs" / f"{name}.py"), "--seed", str(seed), "--out-dir",
                                 folder(name, seed)])
-        train_ddpd.main(replace(cfg, eval_interval=0, eval_samples=0))
+        train_ddpd.main(replace(cfg, eval_interval=0, eval_samples=0, compile="compile" in sys.argv))
 
 
 def rows(data):
@@ -140,7 +140,7 @@ KEYS = {"bounce": ("all_right", "right", "intact"), "maze": ("valid", "shortest"
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    if set(words) - {"train", "sample", "table", *RUNS}:
+    if set(words) - {"train", "sample", "table", "compile", *RUNS}:
         raise SystemExit(__doc__.split("\n")[0])
     for data in [d for d in RUNS if d in words] or RUNS:
         for word in [w for w in ("train", "sample", "table") if w in words] or ("train", "sample", "table"):

@@ -1,9 +1,9 @@
-"""Does self-correction help, and whom?   python experiments/gidd.py [train | sample | table] [digits | text]
+"""Does self-correction help, and whom?   python experiments/gidd.py [train | sample | table] [digits | text] [compile]
 
 train   digits with p_uniform 0, 0.1, 0.2 and three seeds; text (data/text) with 0, 0.2, two seeds; DDPD beside them
 sample  at 16, 32 and 64 steps, before and after as many steps of self-correction: rows of assets/gidd_*.csv
 table   the README's tables from those files and assets/compare.csv
-Without a word all of it. Finished runs and rows are skipped, so it can be stopped and started again.
+Without a word all of it; compile: trains compiled networks, which takes half the time. Finished runs and rows are skipped, so it can be stopped and started again.
 """
 
 import csv
@@ -41,7 +41,7 @@ def train(data):
             name = "digits_maskd" if (data, kind) == ("digits", "ddpd") else f"{data}_gidd"
             cfg = config.load(argv=[str(ROOT / "configs" / f"{name}.py"), *flags, "--seed", str(seed),
                                     "--out-dir", folder(data, kind, seed)])
-            train_ddpd.main(replace(cfg, eval_interval=0, eval_samples=0))
+            train_ddpd.main(replace(cfg, eval_interval=0, eval_samples=0, compile="compile" in sys.argv))
 
 
 def rows(data):
@@ -92,7 +92,7 @@ def table(data):
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    if set(words) - {"train", "sample", "table", *SEEDS}:
+    if set(words) - {"train", "sample", "table", "compile", *SEEDS}:
         raise SystemExit(__doc__.split("\n")[0])
     for data in [d for d in SEEDS if d in words] or SEEDS:
         for word in [w for w in ("train", "sample", "table") if w in words] or ("train", "sample", "table"):
