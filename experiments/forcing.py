@@ -1,10 +1,11 @@
-"""Rollouts and mazes, judged exactly.   python experiments/forcing.py [train | sample | table] [bounce | maze] [compile]
+"""Rollouts and mazes, judged exactly.   python experiments/forcing.py [train | sample | table] [bounce | maze]
 
 bounce  Diffusion Forcing, full-sequence and next-frame diffusion, two seeds: 6 frames after 2, 62 frames after 2 with
         and without stabilisation, and context with flipped pixels: assets/forcing_bounce.csv, frames.csv of the runs
 maze    planner and denoiser, GIDD, Diffusion Forcing: success against NFE (assets/forcing_maze.csv); and particle
         guidance through a wanted cell
-Without a word all of it; compile: trains compiled networks, which takes half the time. Finished runs and rows are skipped, so it can be stopped and started again.
+Without a word all of it; "compile" trains compiled networks, in about half the time. Finished runs and rows are
+skipped, so it can be stopped and started again.
 """
 
 import csv

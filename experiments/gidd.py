@@ -1,9 +1,10 @@
-"""Does self-correction help, and whom?   python experiments/gidd.py [train | sample | table] [digits | text] [compile]
+"""Does self-correction help, and whom?   python experiments/gidd.py [train | sample | table] [digits | text]
 
 train   digits with p_uniform 0, 0.1, 0.2 and three seeds; text (data/text) with 0, 0.2, two seeds; DDPD beside them
 sample  at 16, 32 and 64 steps, before and after as many steps of self-correction: rows of assets/gidd_*.csv
 table   the README's tables from those files and assets/compare.csv
-Without a word all of it; compile: trains compiled networks, which takes half the time. Finished runs and rows are skipped, so it can be stopped and started again.
+Without a word all of it; "compile" trains compiled networks, in about half the time. Finished runs and rows are
+skipped, so it can be stopped and started again.
 """
 
 import csv
