@@ -64,12 +64,13 @@ def make_tasks(cfg, meta, x0, t, label, rng):
     if cfg.method == "ddpd":
         return objectives.ddpd(x0, t, label, vocab, rng, cfg.nets, cfg.denoiser_process, known)
     process, p_uniform = cfg.noise
-    how = (label, vocab, rng, p_uniform, cfg.weight, cfg.clean_share, process, known)
+    how = (label, vocab, rng, p_uniform, cfg.weight, cfg.clean_share, process)
     if cfg.method == "gidd":
-        return objectives.gidd(x0, t, *how)
+        return objectives.gidd(x0, t, *how, given=known)
     frames = x0.shape[1] if cfg.level_group == "token" else meta["grid"][0]
-    levels = processes.draw_levels(len(x0), frames, cfg.level_group, cfg.staircase_share, rng, process == "hybrid")
-    return objectives.forcing(x0, levels, *how)
+    levels, waits = processes.draw_levels(len(x0), frames, cfg.level_group, cfg.staircase_share, rng,
+                                          process == "hybrid")
+    return objectives.forcing(x0, levels, *how, given=known, waits=waits)
 
 
 def draw_tasks(cfg, meta, split, order, it, g, n_groups):

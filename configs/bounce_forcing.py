@@ -3,7 +3,7 @@ python train_ddpd.py configs/bounce_forcing.py && python sample.py out/bounce_fo
 data = "bounce"
 method = "forcing"
 level_group = "frame"
-staircase_share = 0.75
+staircase_share = 0.85
 weight = "none"
 p_uniform = 0.05
 n_layer = 4

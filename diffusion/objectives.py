@@ -60,32 +60,37 @@ def ddpd(x0, t, label, vocab, generator, nets, denoiser_process, given=None):
             "denoiser": denoiser_task(x0, t, label, vocab, generator, denoiser_process, "noise", given)}
 
 
-def gidd(x0, t, label, vocab, generator, p_uniform, weight, clean_share=1.0, process="hybrid", given=None):
+def gidd(x0, t, label, vocab, generator, p_uniform, weight, clean_share=1.0, process="hybrid", given=None, waits=None):
     """GIDD (arXiv:2503.04482): one denoiser on hybrid noise, all tokens by the bound's loss.  -> {name: Task}
 
     weight: kind of gidd_weight; clean_share of the clean tokens enter, weighted up: the same on average, a cheaper
-    head. Levels t (B, 1), or (B, N), each token's own. Tokens at level 0, and those given (B, N) bool, learn nothing.
+    head. Levels t (B, 1), or (B, N), each token's own. Nothing is learned of tokens at level 0, of those that are given
+    and of those that wait, (B, N) bool.
     """
     level = level_at(t, x0, given)
+    is_asked = level > 0 if waits is None else (level > 0) & ~waits
     xt, is_noise = corrupt(x0, level, process, vocab, generator, p_uniform)
     is_in = torch.rand(x0.shape, generator=generator) < clean_share
     if weight == "none" or is_masks(process, p_uniform):
         is_in = is_noise
-    sites = ((xt != x0) | is_in & (level > 0)).flatten().nonzero()[:, 0]
+    sites = (((xt != x0) | is_in) & is_asked).flatten().nonzero()[:, 0]
     target, z, at = (y.flatten()[sites] for y in (x0, xt, level.clamp(T_MIN, T_MAX)))
     w = gidd_weight(target, z, at, vocab, p_uniform, weight, process)
     w = torch.where(z == target, w / clean_share, w) if weight != "none" else w
-    n_asked = (level > 0).sum().item() if weight != "none" else 0
+    n_asked = is_asked.sum().item() if weight != "none" else 0
     return {"denoiser": Task(xt, t, label, sites, target, (z, at, w), n_asked)}
 
 
-def forcing(x0, levels, label, vocab, generator, p_uniform, weight, clean_share=1.0, process="hybrid", given=None):
+def forcing(x0, levels, label, vocab, generator, *how, given=None, waits=None):
     """Diffusion Forcing (arXiv:2407.01392): gidd's loss with a level for each frame, which the denoiser is told.
 
-    levels (B, F), F frames of N / F tokens  ->  {name: Task}
+    levels (B, F), F frames of N / F tokens; waits (B, F) bool: frames of which nothing is learned; how: p_uniform,
+    weight, clean_share and process of gidd  ->  {name: Task}
     """
-    t = level_at(levels.repeat_interleave(x0.shape[1] // levels.shape[1], 1), x0, given)
-    return gidd(x0, t, label, vocab, generator, p_uniform, weight, clean_share, process, given)
+    size = x0.shape[1] // levels.shape[1]
+    t = level_at(levels.repeat_interleave(size, 1), x0, given)
+    waits = None if waits is None else waits.repeat_interleave(size, 1)
+    return gidd(x0, t, label, vocab, generator, *how, given=given, waits=waits)
 
 
 def drop_labels(label, null_label, share, generator):

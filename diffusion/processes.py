@@ -5,6 +5,7 @@ import math
 import torch
 
 T_MIN, T_MAX = 1e-4, 1 - 1e-4   # the noise levels that networks are trained at
+MOST_STEPS = 4                  # of the staircases that levels for training are taken from
 
 
 def fates(t, process, p_uniform=0.1):
@@ -52,29 +53,28 @@ def staircase(steps, frames, lag, block=1):
 
 
 def draw_levels(n, frames, group, staircase_share, generator, is_squared=False):
-    """Noise levels for training.  -> (n, frames)
+    """Noise levels for training, and which frames wait: a rollout asks nothing of them.  -> (n, frames), bool of that
 
-    group  "frame" or "token": each on its own; "shared": one level for all, stratified; "next": frames before a random
-           one at 0, those after it at 1
-    A share of rows is taken from staircases of any slope after any number of finished frames (of tokens: from flat
-    ones), levels squared if is_squared: independent draws hardly ever lie at 0 and 1 beside each other, or all at the
-    same level, which is what a rollout asks for.
+    group  "frame" or "token": each on its own, a share of rows as a rollout has them; "shared": one level for all;
+           "next": frame by frame only
+    Rows of tokens are flat. Rows of frames are taken from staircases of few steps and any lag after any number of
+    finished frames, squared if is_squared: independent draws hardly ever lie at 0 and 1 beside each other, or at 1 at
+    all, and what comes after clean frames is learned where nothing of it is seen.
     """
-    def rand(*shape):
-        return torch.rand(*shape, generator=generator)
+    def whole(high, *shape):
+        return (torch.rand(*shape, generator=generator) * high).long()
 
+    free, nobody = torch.rand(n, frames, generator=generator), torch.zeros(n, frames, dtype=torch.bool)
     if group == "shared":
-        return stratified_t(n, generator).expand(n, frames)
-    free, order = rand(n, frames), torch.arange(frames)
-    done, slope = (rand(n, 1) * frames).long(), rand(n, 1)              # frames that are finished, lag / steps
-    if group == "next":
-        return torch.where(order < done, 0.0, torch.where(order > done, 1.0, free))
+        return stratified_t(n, generator).expand(n, frames), nobody
+    is_row = torch.rand(n, 1, generator=generator) < (1.0 if group == "next" else staircase_share)
     if group == "token":
-        done, slope = torch.zeros_like(done), torch.zeros_like(slope)
-    late = slope * (order - done)                                       # (n, frames)
-    row = rand(n, 1) * (1 + late[:, -1:])
-    stairs = torch.where(order < done, 0.0, (1 - (row - late)).clamp(0, 1))
-    return torch.where(rand(n, 1) < staircase_share, stairs**2 if is_squared else stairs, free)
+        return torch.where(is_row, free[:, :1], free), nobody
+    steps, order = 1 + whole(MOST_STEPS, n, 1), torch.arange(frames)
+    lag, done, row = whole(steps + 1, n, 1), whole(frames, n, 1), whole(steps, n, 1)    # `done` frames are finished
+    falls = row - (steps if group == "next" else lag) * (order - done)                  # for so many rows
+    stairs = torch.where(order < done, 0.0, (1 - falls / steps).clamp(0, 1))
+    return torch.where(is_row, stairs**2 if is_squared else stairs, free), is_row & (falls < 0)
 
 
 def level_of_flips(share, vocab, process, p_uniform=0.1):

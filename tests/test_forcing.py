@@ -1,5 +1,6 @@
 """Diffusion Forcing (arXiv:2407.01392): a noise level for each frame, rollouts, caches, particles."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -56,24 +57,31 @@ def test_levels_of_a_rollout():
 
 def test_training_levels(rng):
     """Free levels are uniform and independent; staircases fall and touch 0 and 1; next: 0, something, 1."""
-    free = processes.draw_levels(4000, 6, "frame", 0.0, rng)
+    free, _ = processes.draw_levels(4000, 6, "frame", 0.0, rng)
     assert free.mean() == pytest.approx(0.5, abs=0.02) and (free.corrcoef().abs() < 1.01).all()
     assert (np.corrcoef(free.T.numpy()) - np.eye(6)).max() < 0.07
-    stairs = processes.draw_levels(4000, 6, "frame", 1.0, rng)
-    assert (stairs.diff(dim=1) >= 0).all() and (stairs == 0).any() and (stairs == 1).any()
-    squared = processes.draw_levels(4000, 6, "frame", 1.0, torch.Generator().manual_seed(1), is_squared=True)
-    plain = processes.draw_levels(4000, 6, "frame", 1.0, torch.Generator().manual_seed(1))
+    stairs, waits = processes.draw_levels(60_000, 6, "frame", 1.0, rng)
+    rows = set()  # those that a rollout asks for; a frame waits that does not fall in the next one
+    for done, steps in itertools.product(range(6), range(1, processes.MOST_STEPS + 1)):
+        for lag in range(steps + 1):
+            levels = processes.staircase(steps, 6 - done, lag)
+            for row, after in itertools.islice(itertools.pairwise(levels), steps):
+                rows.add((*[0.0] * done, *row.tolist(), *[False] * done, *(row == after).tolist()))
+    assert {(*row, *wait) for row, wait in zip(stairs.tolist(), waits.tolist(), strict=True)} == rows
+    first = (stairs > 0).int().argmax(1)
+    assert all(0.4 < (stairs[first == k, k] == 1).float().mean() < 0.6 for k in range(6))  # nothing of it is seen
+    squared, _ = processes.draw_levels(4000, 6, "frame", 1.0, torch.Generator().manual_seed(1), is_squared=True)
+    plain, _ = processes.draw_levels(4000, 6, "frame", 1.0, torch.Generator().manual_seed(1))
     assert torch.allclose(squared, plain**2)
-    some = processes.draw_levels(4000, 6, "frame", 0.25, rng)
+    some, _ = processes.draw_levels(4000, 6, "frame", 0.25, rng)
     assert (some.diff(dim=1) >= 0).all(1).float().mean() == pytest.approx(0.25, abs=0.03)
-    together = processes.draw_levels(100, 6, "shared", 0.25, rng)
+    together, _ = processes.draw_levels(100, 6, "shared", 0.25, rng)
     assert (together == together[:, :1]).all() and together.unique().numel() == 100
-    tokens = processes.draw_levels(4000, 6, "token", 0.5, rng)
+    tokens, _ = processes.draw_levels(4000, 6, "token", 0.5, rng)
     assert (tokens == tokens[:, :1]).all(1).float().mean() == pytest.approx(0.5, abs=0.03)
-    following = processes.draw_levels(1000, 6, "next", 0.25, rng)
-    now = ((0 < following) & (following < 1)).int()
-    assert (now.sum(1) == 1).all() and now.argmax(1).unique().numel() == 6
-    assert (following.diff(dim=1) >= 0).all()
+    following, _ = processes.draw_levels(1000, 6, "next", 0.25, rng)
+    assert (following.diff(dim=1) >= 0).all() and ((following > 0).sum(1).unique() == torch.arange(1, 7)).all()
+    assert (((0 < following) & (following < 1)).sum(1) <= 1).all()
 
 
 @pytest.mark.parametrize("process, p_uniform", [("uniform", 0.0), ("hybrid", 0.2)])
@@ -117,6 +125,10 @@ def test_finished_and_given_tokens_learn_nothing(rng):
         assert task.t.shape == x0.shape and (task.t[:, 5] == 0).all() and (task.t[:, 4] == 0.5).all()
         assert (task.sites % 12 >= 4).all() and (task.sites % 12 != 5).all() and (task.xt[:, 8:] == V).any()
         assert task.n == (40 * 7 if weight != "none" else 0)
+        waits = torch.tensor([[False, False, True]]).expand(40, 3)
+        task = objectives.forcing(x0, levels, x0[:, 0], V, rng, 0.2, weight, given=given, waits=waits)["denoiser"]
+        assert (task.sites % 12 < 8).all() and (task.xt[:, 8:] == V).any() and len(task.sites) > 0
+        assert task.n == (40 * 3 if weight != "none" else 0)
     for nets, process in [("pair", "mask"), ("pair", "uniform"), ("single", "uniform")]:
         for task in objectives.ddpd(x0, torch.full((40, 1), 0.9), x0[:, 0], V, rng, nets, process, given).values():
             assert torch.equal(task.xt[:, 5], x0[:, 5]) and (task.sites % 12 != 5).all()
