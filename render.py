@@ -138,6 +138,8 @@ class Canvas:
 
 
 def name_of(label, meta):
+    if not meta["n_classes"]:
+        return ""
     return meta["class_names"][label] if label < meta["n_classes"] else "no label"
 
 

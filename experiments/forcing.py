@@ -4,6 +4,7 @@ bounce  Diffusion Forcing, full-sequence and next-frame diffusion, two seeds: 6 
         and without stabilisation, and context with flipped pixels: assets/forcing_bounce.csv, frames.csv of the runs
 maze    planner and denoiser, GIDD, Diffusion Forcing: success against NFE (assets/forcing_maze.csv); and particle
         guidance through a wanted cell
+table   prints the rows of the tables and draws assets/forcing_*.png
 Without a word all of it; "compile" trains compiled networks, in about half the time. Finished runs and rows are
 skipped, so it can be stopped and started again.
 """
@@ -135,6 +136,56 @@ def table(data):
                      for k in ("nfe", *KEYS[data])]
             print(f"| {name} ({len(at)}) | {job}, {sampler} | {means[0]:.0f} | " + " | ".join(
                 "" if np.isnan(m) else f"{m:.1%}" for m in means[1:]) + " |")
+    picture(data)
+
+
+def curves(data):
+    """Lines of the picture.  -> {panel: {line: (x, y)}}"""
+    out = {}
+    for name in dict.fromkeys(name for name, _ in RUNS[data]):
+        if data == "maze":
+            for sampler in dict.fromkeys(r["sampler"] for r in rows(data) if name in r["run"]):
+                mine = [r for r in rows(data) if name in r["run"] and r["sampler"] == sampler and r["bits_per_token"]]
+                at = sorted({(float(r["nfe"]), r["job"]) for r in mine})
+                for key, label in [("valid", "valid paths"), ("shortest", "shortest paths")]:
+                    y = [np.mean([float(r[key]) for r in mine if r["job"] == job]) for _, job in at]
+                    out.setdefault(label, {})[f"{name}, {sampler}"] = [nfe for nfe, _ in at], y
+            continue
+        found = [r for seed in (0, 1) for path in [Path(folder(name, seed)) / "frames.csv"] if path.exists()
+                 for r in csv.DictReader(path.read_text().splitlines())]
+        for stabilise in STABILISE:
+            mine = [r for r in found if r["n"] == str(N_FAR) and float(r["stabilise"]) == stabilise]
+            frames = sorted({int(r["frame"]) for r in mine})
+            for key, label in [("intact", "sprite intact"), ("right", "frames exactly right")]:
+                y = [np.mean([float(r[key]) for r in mine if int(r["frame"]) == f]) for f in frames]
+                out.setdefault(label, {})[f"{name}, stabilise {stabilise:g}"] = frames, y
+    return out
+
+
+def picture(data):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = curves(data)
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.4), layout="constrained", sharey=True)
+    for panel, (title, lines) in zip(panels, found.items(), strict=True):
+        names = list(dict.fromkeys(label.split(",")[0] for label in lines))
+        for label, (x, y) in lines.items():
+            name = label.split(",")[0]
+            style = ["-", "--", ":", "-."][[one for one in lines if one.startswith(name)].index(label)]
+            panel.plot(x, y, style, color=f"C{names.index(name)}", marker="o" if len(x) < 9 else None, label=label)
+        panel.set(xlabel={"maze": "network calls (NFE)", "bounce": "frame"}[data], ylabel=f"share of {title}",
+                  ylim=(-0.02, 1.02))
+    if data == "maze":
+        for panel in panels:
+            panel.set_xscale("log")
+            panel.set_xticks(NFE, NFE)
+            panel.minorticks_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(ROOT / "assets" / f"forcing_{data}.png", dpi=100)
+    pyplot.close(figure)
 
 
 KEYS = {"bounce": ("all_right", "right", "intact"), "maze": ("valid", "shortest", "through")}
