@@ -82,7 +82,7 @@ def sample(data):
             jobs = [(job, "rollout", STEPS, flags)
                     for job, flags in bounce_jobs(name, run.process, run.p_uniform, run.meta["vocab"])]
         else:
-            jobs = [(f"{s} {nfe}", s, nfe, evaluate.Flags(runs=(), n_samples=N_MAZES, correct=nfe // 2))
+            jobs = [(f"{s} {nfe}", s, nfe, evaluate.Flags(runs=(), n_samples=N_MAZES, correct=nfe))
                     for s in SAMPLERS[name] for nfe in NFE]
         if {job for job, *_ in jobs} <= done:
             continue
