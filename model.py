@@ -51,11 +51,6 @@ class Shape:
         return len(self.grid) == 3
 
     @property
-    def place_axes(self):
-        """Axes of a video whose places are learned, each by itself; no frames where keys outlive the window."""
-        return self.grid[1:] if self.causal else self.grid
-
-    @property
     def n_places(self):
         """Tokens that stand at different places: those of a frame of a video, in which a window may slide."""
         return math.prod(self.grid[1:]) if self.is_video else self.n_tokens
@@ -157,7 +152,7 @@ class Transformer(nn.Module):
         d = shape.n_embd
         self.embed = nn.Embedding(shape.vocab + 1, d)
         self.context = nn.Embedding(shape.n_classes + 1, N_CONTEXT * d)
-        n_places = sum(shape.place_axes) if shape.is_video else shape.n_tokens
+        n_places = sum(shape.grid[1:]) if shape.is_video else shape.n_tokens
         self.place = nn.Embedding(n_places, d)                          # RoPE alone cannot find the border
         self.level = nn.Linear(N_LEVEL_FEATURES, d, bias=False) if is_told_t else None
         self.blocks = nn.ModuleList([Block(shape) for _ in range(shape.n_layer)])
@@ -184,10 +179,8 @@ class Transformer(nn.Module):
         n_frames = x.shape[1] // self.shape.n_places                    # 1 where the grid is no video
         place = self.place.weight
         if self.shape.is_video:
-            *frames, rows, columns = place.split(self.shape.place_axes)
+            rows, columns = place.split(self.shape.grid[1:])            # frames have none: what moves, moves anywhen
             place = (rows[:, None] + columns).flatten(0, 1).repeat(n_frames, 1)
-            if frames:
-                place = place + frames[0].repeat_interleave(self.shape.n_places, 0)
         h = self.embed(x) + place                                       # (B, N, D)
         if self.is_told_t:
             h = h + self.level(level_features(t))                       # (B, 1, D) or (B, N, D)

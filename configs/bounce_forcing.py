@@ -6,6 +6,7 @@ level_group = "frame"
 staircase_share = 0.85
 weight = "none"
 p_uniform = 0.05
+denoiser_lr = 1e-3
 n_layer = 4
 n_head = 2
 n_embd = 128

@@ -5,6 +5,7 @@ method = "forcing"
 level_group = "shared"
 weight = "none"
 p_uniform = 0.05
+denoiser_lr = 1e-3
 n_layer = 4
 n_head = 2
 n_embd = 128
