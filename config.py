@@ -27,6 +27,7 @@ class Config:
     process: Literal["hybrid", "uniform", "mask"] = "hybrid"    # forcing: what its noise is
     level_group: Literal["frame", "token", "shared", "next"] = "frame"  # forcing: what has a noise level of its own
     staircase_share: float = 0.25           # forcing: share of levels as a rollout asks for them, not independent
+    context: int = 0                        # forcing: frames that every rollout is given, at least
     causal: bool = False                    # a frame attends to itself and those before it only
 
     data: str = "digits"                    # one of sources/, or a folder under data/
@@ -183,7 +184,7 @@ def check(cfg):
     positive = ["image_size", "n_layer", "n_head", "n_embd", "base_width", "batch_size", "grad_accumulation_steps",
                 "max_iters", "log_interval", "eval_sequences"]
     not_negative = ["levels", "vocab", "n_classes", "base_head_dim", "planner_lr", "denoiser_lr", "warmup_iters",
-                    "lr_decay_iters",
+                    "lr_decay_iters", "context",
                     "weight_decay", "grad_clip", "overfit", "seed", "eval_interval", "eval_samples", "save_interval"]
     for name in positive:
         if getattr(cfg, name) < 1:

@@ -69,7 +69,7 @@ def make_tasks(cfg, meta, x0, t, label, rng):
         return objectives.gidd(x0, t, *how, given=known)
     frames = x0.shape[1] if cfg.level_group == "token" else meta["grid"][0]
     levels, waits = processes.draw_levels(len(x0), frames, cfg.level_group, cfg.staircase_share, rng,
-                                          process == "hybrid")
+                                          process == "hybrid", cfg.context)
     return objectives.forcing(x0, levels, *how, given=known, waits=waits)
 
 
@@ -233,6 +233,8 @@ def open_data(cfg):
             raise SystemExit(f"{key} is {meta[key]} in data {cfg.data}, but {said} in the config")
     if cfg.method == "forcing" and cfg.level_group in ("frame", "next") and len(meta["grid"]) != 3:
         raise SystemExit(f"level_group {cfg.level_group} needs frames, and {cfg.data} is no video: token or shared")
+    if cfg.method == "forcing" and cfg.context >= meta["grid"][0] and cfg.context:
+        raise SystemExit(f"context {cfg.context} must be fewer than the {meta['grid'][0]} frames of {cfg.data}")
     return meta, splits
 
 

@@ -3,7 +3,8 @@ python train_ddpd.py configs/bounce_forcing.py && python sample.py out/bounce_fo
 data = "bounce"
 method = "forcing"
 level_group = "frame"
-staircase_share = 0.85
+staircase_share = 0.95
+context = 2
 weight = "none"
 p_uniform = 0.05
 denoiser_lr = 1e-3

@@ -3,6 +3,7 @@ python train_ddpd.py configs/bounce_next.py && python sample.py out/bounce_next"
 data = "bounce"
 method = "forcing"
 level_group = "next"
+context = 2
 weight = "none"
 p_uniform = 0.05
 denoiser_lr = 1e-3

@@ -52,12 +52,12 @@ def staircase(steps, frames, lag, block=1):
     return (1 - (row - late) / steps).clamp(0, 1)
 
 
-def draw_levels(n, frames, group, staircase_share, generator, is_squared=False):
+def draw_levels(n, frames, group, staircase_share, generator, is_squared=False, context=0):
     """Noise levels for training, and which frames wait: a rollout asks nothing of them.  -> (n, frames), bool of that
 
     group  "frame" or "token": each on its own, a share of rows as a rollout has them; "shared": one level for all;
            "next": frame by frame only
-    Rows of tokens are flat. Rows of frames are taken from staircases of few steps and any lag after any number of
+    Rows of tokens are flat. Rows of frames are taken from staircases of few steps and any lag after `context` or more
     finished frames, squared if is_squared: independent draws hardly ever lie at 0 and 1 beside each other, or at 1 at
     all, and what comes after clean frames is learned where nothing of it is seen.
     """
@@ -71,7 +71,7 @@ def draw_levels(n, frames, group, staircase_share, generator, is_squared=False):
     if group == "token":
         return torch.where(is_row, free[:, :1], free), nobody
     steps, order = 1 + whole(MOST_STEPS, n, 1), torch.arange(frames)
-    lag, done, row = whole(steps + 1, n, 1), whole(frames, n, 1), whole(steps, n, 1)    # `done` frames are finished
+    lag, row, done = whole(steps + 1, n, 1), whole(steps, n, 1), context + whole(frames - context, n, 1)    # finished
     falls = row - (steps if group == "next" else lag) * (order - done)                  # for so many rows
     stairs = torch.where(order < done, 0.0, (1 - falls / steps).clamp(0, 1))
     return torch.where(is_row, stairs**2 if is_squared else stairs, free), is_row & (falls < 0)

@@ -79,6 +79,12 @@ def test_training_levels(rng):
     assert (together == together[:, :1]).all() and together.unique().numel() == 100
     tokens, _ = processes.draw_levels(4000, 6, "token", 0.5, rng)
     assert (tokens == tokens[:, :1]).all(1).float().mean() == pytest.approx(0.5, abs=0.03)
+    later, _ = processes.draw_levels(1000, 6, "frame", 1.0, rng, context=2)
+    assert (
+        (later[:, :2] == 0).all()
+        and (later[:, 5] > 0).all()
+        and (later > 0).int().argmax(1).unique().tolist() == [2, 3, 4, 5]
+    )
     following, _ = processes.draw_levels(1000, 6, "next", 0.25, rng)
     assert (following.diff(dim=1) >= 0).all() and ((following > 0).sum(1).unique() == torch.arange(1, 7)).all()
     assert (((0 < following) & (following < 1)).sum(1) <= 1).all()
