@@ -132,6 +132,13 @@ def test_steps_for_a_number_of_calls(name, kind, nfe, steps):
         evaluate.n_steps_of("ddpd", of("unid"), 1, flags)
 
 
+@pytest.mark.parametrize("name, lag, steps", [("rollout", -1, 4), ("rollout", 0, 24), ("ancestral", -1, 24)])
+def test_calls_for_a_video_are_counted_per_frame_that_is_made(name, lag, steps):
+    """8 frames of which 2 are given, 4 calls for each of the other 6: one by one, or all of them together."""
+    run = types.SimpleNamespace(kind="forcing", is_video=True, meta=dict(grid=[8, 2, 2]), frames=lambda flags: 8)
+    assert evaluate.n_steps_of(name, run, 4, evaluate.Flags(runs=("x",), lag=lag)) == steps
+
+
 @pytest.fixture(scope="module")
 def runs(folder):
     for name, flags in [("a", []), ("b", ["--nets", "single", "--denoiser-process", "uniform"])]:
