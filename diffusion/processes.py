@@ -5,7 +5,6 @@ import math
 import torch
 
 T_MIN, T_MAX = 1e-4, 1 - 1e-4   # the noise levels that networks are trained at
-MOST_STEPS = 4                  # of the staircases that levels for training are taken from
 
 
 def fates(t, process, p_uniform=0.1):
@@ -57,24 +56,22 @@ def draw_levels(n, frames, group, staircase_share, generator, is_squared=False, 
 
     group  "frame" or "token": each on its own, a share of rows as a rollout has them; "shared": one level for all;
            "next": frame by frame only
-    Rows of tokens are flat. Rows of frames are taken from staircases of few steps and any lag after `context` or more
-    finished frames, squared if is_squared: independent draws hardly ever lie at 0 and 1 beside each other, or at 1 at
-    all, and what comes after clean frames is learned where nothing of it is seen.
+    Rows of tokens are flat. Rows of frames are those of staircases after `context` or more finished frames, squared if
+    is_squared: of any lag from together to one by one, the first frame that falls unseen in half of them, as
+    independent draws never have it, and there what comes after clean frames is learned.
     """
-    def whole(high, *shape):
-        return (torch.rand(*shape, generator=generator) * high).long()
-
     free, nobody = torch.rand(n, frames, generator=generator), torch.zeros(n, frames, dtype=torch.bool)
     if group == "shared":
         return stratified_t(n, generator).expand(n, frames), nobody
-    is_row = torch.rand(n, 1, generator=generator) < (1.0 if group == "next" else staircase_share)
+    u, is_unseen, slope, first = torch.rand(4, n, 1, generator=generator)
+    is_row = u < (1.0 if group == "next" else staircase_share)
     if group == "token":
         return torch.where(is_row, free[:, :1], free), nobody
-    steps, order = 1 + whole(MOST_STEPS, n, 1), torch.arange(frames)
-    lag, row, done = whole(steps + 1, n, 1), whole(steps, n, 1), context + whole(frames - context, n, 1)    # finished
-    falls = row - (steps if group == "next" else lag) * (order - done)                  # for so many rows
-    stairs = torch.where(order < done, 0.0, (1 - falls / steps).clamp(0, 1))
-    return torch.where(is_row, stairs**2 if is_squared else stairs, free), is_row & (falls < 0)
+    slope = torch.ones_like(slope) if group == "next" else (5 * slope).floor() / 4      # lag / steps
+    behind = torch.arange(frames) - context - ((frames - context) * first).floor()      # the first that falls
+    fallen = torch.where(is_unseen < 0.5, 0.0, free[:, :1]) - slope * behind
+    stairs = torch.where(behind < 0, 0.0, (1 - fallen).clamp(0, 1))
+    return torch.where(is_row, stairs**2 if is_squared else stairs, free), is_row & (fallen < 0)
 
 
 def level_of_flips(share, vocab, process, p_uniform=0.1):
