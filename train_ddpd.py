@@ -69,7 +69,7 @@ def make_tasks(cfg, meta, x0, t, label, rng):
         return objectives.gidd(x0, t, *how, given=known)
     frames = x0.shape[1] if cfg.level_group == "token" else meta["grid"][0]
     levels, waits = processes.draw_levels(len(x0), frames, cfg.level_group, cfg.staircase_share, rng,
-                                          process == "hybrid", cfg.context)
+                                          cfg.context)
     return objectives.forcing(x0, levels, *how, given=known, waits=waits)
 
 

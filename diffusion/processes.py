@@ -51,27 +51,30 @@ def staircase(steps, frames, lag, block=1):
     return (1 - (row - late) / steps).clamp(0, 1)
 
 
-def draw_levels(n, frames, group, staircase_share, generator, is_squared=False, context=0):
+def draw_levels(n, frames, group, staircase_share, generator, context=0):
     """Noise levels for training, and which frames wait: a rollout asks nothing of them.  -> (n, frames), bool of that
 
     group  "frame" or "token": each on its own, a share of rows as a rollout has them; "shared": one level for all;
            "next": frame by frame only
-    Rows of tokens are flat. Rows of frames are those of staircases after `context` or more finished frames, squared if
-    is_squared: of any lag from together to one by one, the first frame that falls unseen in half of them, as
-    independent draws never have it, and there what comes after clean frames is learned.
+    Rows of tokens are flat. Rows of frames are those of staircases of any lag, mostly long ones, after `context` or
+    more finished frames. What independent draws hardly ever have: in half of these rows the first frame that falls is
+    unseen, in which what comes after is learned; frames before some finished ones are as good as unknown, level 1 too
+    (arXiv:2502.06764: histories of any length); and for "frame" in a quarter of rows finished ones are a little noisy.
     """
     free, nobody = torch.rand(n, frames, generator=generator), torch.zeros(n, frames, dtype=torch.bool)
     if group == "shared":
         return stratified_t(n, generator).expand(n, frames), nobody
-    u, is_unseen, slope, first = torch.rand(4, n, 1, generator=generator)
+    u, is_unseen, slope, first, start, past = torch.rand(6, n, 1, generator=generator)
     is_row = u < (1.0 if group == "next" else staircase_share)
     if group == "token":
         return torch.where(is_row, free[:, :1], free), nobody
-    slope = torch.ones_like(slope) if group == "next" else (5 * slope).floor() / 4      # lag / steps
-    behind = torch.arange(frames) - context - ((frames - context) * first).floor()      # the first that falls
-    fallen = torch.where(is_unseen < 0.5, 0.0, free[:, :1]) - slope * behind
-    stairs = torch.where(behind < 0, 0.0, (1 - fallen).clamp(0, 1))
-    return torch.where(is_row, stairs**2 if is_squared else stairs, free), is_row & (fallen < 0)
+    slope = torch.ones_like(slope) if group == "next" else (5 * slope.sqrt()).floor() / 4       # lag / steps
+    past = torch.zeros_like(past) if group == "next" else (past - 0.75).clamp_min(0)
+    order, first = torch.arange(frames), context + ((frames - context) * first).floor()     # the first that falls
+    fallen = torch.where(is_unseen < 0.5, 0.0, free[:, :1]) - slope * (order - first)
+    stairs = torch.where(order < first, past, (1 - fallen).clamp(0, 1))
+    is_lost = order < ((first - context + 1) * start).floor()
+    return torch.where(is_row, stairs.masked_fill(is_lost, 1), free), is_row & ((fallen < 0) | is_lost)
 
 
 def level_of_flips(share, vocab, process, p_uniform=0.1):

@@ -523,7 +523,7 @@ def options_of(sampler):
     return [*inspect.signature(globals()[sampler]).parameters, *["lag"] * (sampler == "rollout")]
 
 
-def staircase_of(grid, n_steps, frames=0, lag=-1, context=0, is_squared=False):
+def staircase_of(grid, n_steps, frames=0, lag=-1, context=0):
     """Levels of a rollout: a column for each frame of a video after its context, one for all tokens of other grids.
 
     lag -1: frame by frame; 0: all together, window by window  ->  (R, F)
@@ -538,7 +538,7 @@ def staircase_of(grid, n_steps, frames=0, lag=-1, context=0, is_squared=False):
         block = min(frames, grid[0] - context) if lag == 0 else 1       # as many as a window holds
         levels = staircase(n_steps, frames, n_steps if lag < 1 else lag, block)
         levels = torch.cat([levels.new_zeros(len(levels), context), levels], 1)
-    return levels**2 if is_squared else levels
+    return levels
 
 
 def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, p_uniform=0.1, process=None, lag=-1,
@@ -566,7 +566,7 @@ def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, 
         options |= dict(p_uniform=p_uniform)
     if kind == "forcing":
         lag = 0 if sampler == "ancestral" else lag
-        levels = staircase_of(grid, options.pop("n_steps"), frames, lag, context, process == "hybrid")
+        levels = staircase_of(grid, options.pop("n_steps"), frames, lag, context)
         if getattr(denoiser, "is_causal", False) and "reward" not in options and options.get("guidance", 1) == 1:
             options["cache"] = denoiser.new_cache()
         window = grid[0] if len(grid) == 3 else 1

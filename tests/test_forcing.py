@@ -50,7 +50,6 @@ def test_levels_of_a_rollout():
     assert levels.shape == (4 * 3 + 1, 20) and (levels[:, 2:8] == levels[:, 2:3]).all()
     assert ((levels > 0) & (levels < 1)).sum(1).max() == 6
     assert samplers.staircase_of([9, 9], 4).shape == (5, 1)
-    assert torch.equal(samplers.staircase_of([9, 9], 4, is_squared=True), samplers.staircase_of([9, 9], 4) ** 2)
     with pytest.raises(ValueError, match="no more than the 2"):
         samplers.staircase_of([8, 2, 2], 4, frames=2, context=2)
 
