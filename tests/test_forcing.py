@@ -54,42 +54,51 @@ def test_levels_of_a_rollout():
         samplers.staircase_of([8, 2, 2], 4, frames=2, context=2)
 
 
+def staircase_rows(levels, waits, context):
+    """Which rows are those of a staircase, by its start, the first frame that falls and 4 lag / steps.  -> {: (n,)}"""
+    order, out = torch.arange(levels.shape[1]), {}
+    for start, first, lag in itertools.product(range(levels.shape[1]), range(context, levels.shape[1]), range(5)):
+        if start <= first - context:
+            past = levels[:, start, None] if start < first else torch.zeros(len(levels), 1)
+            fallen = 1 - levels[:, first, None] - lag / 4 * (order - first)
+            row = torch.where(order < first, past, (1 - fallen).clamp(0, 1)).masked_fill(order < start, 1)
+            fits = ((row - levels).abs() < 1e-6) & (((fallen < 0) | (order < start)) == waits)
+            out[start, first, lag] = fits.all(1) & (past[:, 0] <= 0.25) & (levels[:, first] > 0)
+    return out
+
+
 def test_training_levels(rng):
-    """Free levels are uniform and independent; staircases fall and touch 0 and 1; next: 0, something, 1."""
+    """Free levels are uniform and independent; all others are rows of staircases, as many of each kind as promised."""
     free, _ = processes.draw_levels(4000, 6, "frame", 0.0, rng)
     assert free.mean() == pytest.approx(0.5, abs=0.02) and (free.corrcoef().abs() < 1.01).all()
     assert (np.corrcoef(free.T.numpy()) - np.eye(6)).max() < 0.07
-    stairs, waits = processes.draw_levels(6000, 6, "frame", 1.0, rng)
-    first = (stairs > 0).int().argmax(1)  # the first frame that is not finished, p of its fall behind it
-    p, behind = 1 - stairs.gather(1, first[:, None]), torch.arange(6) - first[:, None]
-    fallen = p - torch.linspace(0, 1, 5)[:, None, None] * behind  # by each lag / steps: (5, rows, frames)
-    fits = (torch.where(behind < 0, 0, (1 - fallen).clamp(0, 1)) - stairs).abs().amax(2) < 1e-6
-    fits &= ((fallen < 0) & (behind >= 0) == waits).all(2)  # those wait that have not begun
-    assert fits.any(0).all()
-    told_apart = fits[:, (p[:, 0] > 0.75) & (first < 5)].float()
-    assert (told_apart.sum(0) == 1).all() and told_apart.mean(1).tolist() == pytest.approx([0.2] * 5, abs=0.06)
-    assert all(0.4 < (p[first == k] == 0).float().mean() < 0.6 for k in range(6))  # nothing of it is seen
-    assert all(0.13 < (first == k).float().mean() < 0.2 for k in range(6)) and p[p > 0].mean() == pytest.approx(
-        0.5, abs=0.03
-    )
-    squared, _ = processes.draw_levels(4000, 6, "frame", 1.0, torch.Generator().manual_seed(1), is_squared=True)
-    plain, _ = processes.draw_levels(4000, 6, "frame", 1.0, torch.Generator().manual_seed(1))
-    assert torch.allclose(squared, plain**2)
+    for context, group in [(0, "frame"), (2, "frame"), (2, "next")]:
+        levels, waits = processes.draw_levels(8000, 6, group, 1.0, rng, context)
+        found = staircase_rows(levels, waits, context)
+        assert torch.stack(list(found.values())).any(0).all()
+        at = {key: torch.zeros(8000, dtype=torch.bool) for key in itertools.product("sfl", range(6))}
+        for key, fits in found.items():
+            for where in zip("sfl", key, strict=True):
+                at[where] |= fits
+        for first in range(context, 6) if group == "next" else ():  # noise in the past can look like a fall
+            mine = at["f", first]
+            assert mine.float().mean() == pytest.approx(1 / (6 - context), abs=0.03)
+            assert (levels[mine, first] == 1).float().mean() == pytest.approx(0.5, abs=0.06)  # nothing of it is seen
+            for start in range(first - context + 1):
+                assert at["s", start][mine].float().mean() == pytest.approx(1 / (first - context + 1), abs=0.06)
+        if context:
+            mine = (levels[:, 0] == 0) & (0 < levels[:, 2]) & (levels[:, 2] < 0.25)  # each lag has other levels then
+            shares = [at["l", lag][mine].float().mean().item() for lag in range(5)]
+            wanted = [0, 0, 0, 0, 1] if group == "next" else [0.04, 0.12, 0.2, 0.28, 0.36]
+            assert shares == pytest.approx(wanted, abs=0.08)
+            past = levels[at["f", 5] & at["s", 3] & (levels[:, 5] == 1), 4]
+            assert (past > 0).float().mean() == pytest.approx(0 if group == "next" else 0.25, abs=0.07)
     some, _ = processes.draw_levels(4000, 6, "frame", 0.25, rng)
-    assert (some.diff(dim=1) >= 0).all(1).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert ((some == 0) | (some == 1)).any(1).float().mean() == pytest.approx(0.25, abs=0.03)  # free ones have neither
     together, _ = processes.draw_levels(100, 6, "shared", 0.25, rng)
     assert (together == together[:, :1]).all() and together.unique().numel() == 100
     tokens, _ = processes.draw_levels(4000, 6, "token", 0.5, rng)
     assert (tokens == tokens[:, :1]).all(1).float().mean() == pytest.approx(0.5, abs=0.03)
-    later, _ = processes.draw_levels(1000, 6, "frame", 1.0, rng, context=2)
-    assert (
-        (later[:, :2] == 0).all()
-        and (later[:, 5] > 0).all()
-        and (later > 0).int().argmax(1).unique().tolist() == [2, 3, 4, 5]
-    )
-    following, _ = processes.draw_levels(1000, 6, "next", 0.25, rng)
-    assert (following.diff(dim=1) >= 0).all() and ((following > 0).sum(1).unique() == torch.arange(1, 7)).all()
-    assert (((0 < following) & (following < 1)).sum(1) <= 1).all()
 
 
 @pytest.mark.parametrize("process, p_uniform", [("uniform", 0.0), ("hybrid", 0.2)])
