@@ -27,11 +27,14 @@ import train_ddpd
 from diffusion import processes
 
 RUNS = {"bounce": [(f"bounce_{kind}", seed) for seed in (0, 1) for kind in ("forcing", "full", "next")],
-        "maze": [("maze_forcing", 0), ("maze_ddpd", 0), ("maze_gidd", 0)]}
+        "maze": [("maze_forcing", 0), ("maze_ddpd", 0), ("maze_gidd", 0), ("maze_forcing", 1),
+                 ("maze_ddpd", 1)]}
 LAG = {"bounce_forcing": -1, "bounce_full": 0, "bounce_next": -1}       # as each was trained
-STEPS, FLIPS = 8, 0.05                  # network calls per frame; share of flipped pixels
-FAR, N_FAR = 64, 22                     # frames of a long rollout, and how many of them
-STABILISE = (0.0, 0.02, 0.05)
+STEPS, FLIPS = 4, 0.05                  # network calls per frame; share of flipped pixels
+PYRAMID = 3                             # lag of rows in between: 9 steps, in as many calls
+TEMPERATURE = 0.3                       # flights are certain: what they ask of a sampler is no variety
+FAR, N_FAR = 64, 16                     # frames of a long rollout, and how many of them
+STABILISE = {"bounce_forcing": (0.0, 0.02, 0.05), "bounce_full": (0.0, 0.02), "bounce_next": (0.0, 0.02)}
 SAMPLERS = {"maze_forcing": ("rollout",), "maze_ddpd": ("ddpd", "ancestral", "confidence"), "maze_gidd": ("ancestral",)}
 NFE, N_MAZES = (8, 16, 32, 64), 500
 PARTICLES, STRENGTH, N_GUIDED = 16, 6.0, 60
@@ -62,10 +65,11 @@ def add(data, row, **more):
 def bounce_jobs(name, process, p_uniform, vocab):
     """(what is asked, flags) of a run's rows."""
     lag, told = LAG[name], processes.level_of_flips(FLIPS, vocab, process, p_uniform)
-    near, far = (evaluate.Flags(runs=(), frames=n, lag=lag) for n in (8, FAR))
-    jobs = [("near", near), *((f"far {s}", replace(far, stabilise=s, n_samples=N_FAR)) for s in STABILISE)]
+    near, far = (evaluate.Flags(runs=(), frames=n, lag=lag, temperature=TEMPERATURE) for n in (8, FAR))
+    jobs = [("near", near), *((f"far {s}", replace(far, stabilise=s, n_samples=N_FAR)) for s in STABILISE[name])]
     if name == "bounce_forcing":
-        jobs += [("pyramid", replace(near, lag=STEPS // 2)), ("together", replace(near, lag=0))]
+        jobs += [("near, temperature 1", replace(near, temperature=1.0))]
+        jobs += [("pyramid", replace(near, lag=PYRAMID)), ("together", replace(near, lag=0))]
         jobs += [("flips", replace(near, flips=FLIPS)), ("flips told", replace(near, flips=FLIPS, context_level=told))]
     return jobs
 
@@ -91,7 +95,7 @@ def sample(data):
             if job not in done:
                 for row in evaluate.evaluate(run, sampler, nfe, seed, flags, bits):
                     add(data, row, job=job)
-        if name == "maze_forcing" and "particles" not in done:
+        if (name, seed) == ("maze_forcing", 0) and "particles" not in done:
             guide(run, bits)
 
 
@@ -153,7 +157,7 @@ def curves(data):
             continue
         found = [r for seed in (0, 1) for path in [Path(folder(name, seed)) / "frames.csv"] if path.exists()
                  for r in csv.DictReader(path.read_text().splitlines())]
-        for stabilise in STABILISE:
+        for stabilise in STABILISE[name]:
             mine = [r for r in found if r["n"] == str(N_FAR) and float(r["stabilise"]) == stabilise]
             frames = sorted({int(r["frame"]) for r in mine})
             for key, label in [("intact", "sprite intact"), ("right", "frames exactly right")]:
