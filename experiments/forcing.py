@@ -30,8 +30,8 @@ RUNS = {"bounce": [(f"bounce_{kind}", seed) for seed in (0, 1) for kind in ("for
         "maze": [("maze_forcing", 0), ("maze_ddpd", 0), ("maze_gidd", 0), ("maze_forcing", 1),
                  ("maze_ddpd", 1)]}
 LAG = {"bounce_forcing": -1, "bounce_full": 0, "bounce_next": -1}       # as each was trained
-STEPS, FLIPS = 4, 0.05                  # network calls per frame; share of flipped pixels
-PYRAMID = 3                             # lag of rows in between: 9 steps, in as many calls
+CALLS, MORE, FLIPS = 2, 8, 0.05         # network calls per frame; share of flipped pixels
+PYRAMID = 1                             # lag of rows in between: 7 steps, in as many calls
 TEMPERATURE = 0.3                       # flights are certain: what they ask of a sampler is no variety
 FAR, N_FAR = 64, 16                     # frames of a long rollout, and how many of them
 STABILISE = {"bounce_forcing": (0.0, 0.02, 0.05), "bounce_full": (0.0, 0.02), "bounce_next": (0.0, 0.02)}
@@ -63,15 +63,16 @@ def add(data, row, **more):
 
 
 def bounce_jobs(name, process, p_uniform, vocab):
-    """(what is asked, flags) of a run's rows."""
+    """(what is asked, sampler, calls per frame, flags) of a run's rows."""
     lag, told = LAG[name], processes.level_of_flips(FLIPS, vocab, process, p_uniform)
     near, far = (evaluate.Flags(runs=(), frames=n, lag=lag, temperature=TEMPERATURE) for n in (8, FAR))
-    jobs = [("near", near), *((f"far {s}", replace(far, stabilise=s, n_samples=N_FAR)) for s in STABILISE[name])]
+    jobs = [("near", CALLS, near), ("near, temperature 1", CALLS, replace(near, temperature=1.0))]
+    jobs += [(f"far {s}", CALLS, replace(far, stabilise=s, n_samples=N_FAR)) for s in STABILISE[name]]
     if name == "bounce_forcing":
-        jobs += [("near, temperature 1", replace(near, temperature=1.0))]
-        jobs += [("pyramid", replace(near, lag=PYRAMID)), ("together", replace(near, lag=0))]
-        jobs += [("flips", replace(near, flips=FLIPS)), ("flips told", replace(near, flips=FLIPS, context_level=told))]
-    return jobs
+        jobs += [("near, more calls", MORE, near), ("pyramid", CALLS, replace(near, lag=PYRAMID)),
+                 ("together", CALLS, replace(near, lag=0)), ("flips", CALLS, replace(near, flips=FLIPS)),
+                 ("flips told", CALLS, replace(near, flips=FLIPS, context_level=told))]
+    return [(job, "rollout", calls, flags) for job, calls, flags in jobs]
 
 
 def sample(data):
@@ -83,8 +84,7 @@ def sample(data):
         run = evaluate.Run(folder(name, seed), device)
         done = {r["job"] for r in rows(data) if r["run"] == run.folder}
         if data == "bounce":
-            jobs = [(job, "rollout", STEPS, flags)
-                    for job, flags in bounce_jobs(name, run.process, run.p_uniform, run.meta["vocab"])]
+            jobs = bounce_jobs(name, run.process, run.p_uniform, run.meta["vocab"])
         else:
             jobs = [(f"{s} {nfe}", s, nfe, evaluate.Flags(runs=(), n_samples=N_MAZES, correct=nfe))
                     for s in SAMPLERS[name] for nfe in NFE]
