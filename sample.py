@@ -3,7 +3,7 @@
 Writes samples.png, samples.npz, planner.mp4 and planner.gif into the run's folder, from the averaged (EMA) weights.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import config
@@ -14,7 +14,7 @@ class Flags:
     """Sample a run: pictures, tokens and a video of the planner's probability map."""
     run: str                                # folder of a run
     labels: tuple[int, ...] = ()            # one sample for each; (): one per class up to 10 classes, else 8
-    n_steps: int = 64                       # steps; planned denoising calls two networks in each (one: --nets single)
+    n_steps: int = -1                       # two network calls each in planned denoising; -1: 64, for a video's frame 4
     seed: int = 0                           # of the noise and every draw
     sampler: Literal["", "ddpd", "ancestral", "confidence", "remdm", "rollout"] = ""    # "": the first that fits
     context: int = 2                        # videos: frames of held-out ones that are given
@@ -136,6 +136,8 @@ def main(flags):
     decoder = render.load_decoder(flags.decoder, meta, device) if flags.decoder else None
     grid, real = list(meta["grid"]), None
     is_video = len(grid) == 3
+    if flags.n_steps == -1:
+        flags = replace(flags, n_steps=4 if is_video and kind == "forcing" else 64)
     if (flags.frames and not (is_video and kind == "forcing")) or min(flags.frames, flags.context) < 0:
         raise SystemExit("--frames and --context are numbers of a video's frames, and --frames is for forcing runs")
     if not flags.known and (is_video or meta["given"]):
@@ -172,7 +174,8 @@ def main(flags):
                                  known=known, p_uniform=p_uniform, process=process, frames=flags.frames * is_video,
                                  context=flags.context, **own)
             first = next(steps)                                         # a refusal comes before the bar
-            for s in tqdm(itertools.chain([first], steps), total=n_steps + flags.refine, unit="step"):
+            total = None if stage == "rollout" else n_steps + flags.refine
+            for s in tqdm(itertools.chain([first], steps), total=total, unit="step"):
                 if n_shown:
                     frames.append([*map(grids, (s.x, s.p_noise, s.written)), s.nfe[:n_shown].cpu().numpy()])
         nfe = nfe + s.nfe
