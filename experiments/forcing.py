@@ -68,11 +68,11 @@ def bounce_jobs(name, process, p_uniform, vocab):
     near, far = (evaluate.Flags(runs=(), frames=n, lag=lag, temperature=TEMPERATURE) for n in (8, FAR))
     jobs = [("near", CALLS, near), ("near, temperature 1", CALLS, replace(near, temperature=1.0))]
     jobs += [(f"far {s}", CALLS, replace(far, stabilise=s, n_samples=N_FAR)) for s in STABILISE[name]]
+    jobs += [("flips", CALLS, replace(near, flips=FLIPS)),
+             ("flips told", CALLS, replace(near, flips=FLIPS, context_level=told))]
     if name == "bounce_forcing":
         jobs += [(f"near, {calls} calls", calls, near) for calls in MORE]
         jobs += [("pyramid", MORE[0], replace(near, lag=PYRAMID)), ("together", MORE[0], replace(near, lag=0))]
-        jobs += [("flips", CALLS, replace(near, flips=FLIPS)),
-                 ("flips told", CALLS, replace(near, flips=FLIPS, context_level=told))]
     return [(job, "rollout", calls, flags) for job, calls, flags in jobs]
 
 
