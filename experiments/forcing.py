@@ -149,7 +149,7 @@ def curves(data):
     out = {}
     for name in dict.fromkeys(name for name, _ in RUNS[data]):
         if data == "maze":
-            for sampler in dict.fromkeys(r["sampler"] for r in rows(data) if name in r["run"]):
+            for sampler in dict.fromkeys(r["sampler"] for r in rows(data) if name in r["run"] and r["bits_per_token"]):
                 mine = [r for r in rows(data) if name in r["run"] and r["sampler"] == sampler and r["bits_per_token"]]
                 at = sorted({(float(r["nfe"]), r["job"]) for r in mine})
                 for key, label in [("valid", "valid paths"), ("shortest", "shortest paths")]:
