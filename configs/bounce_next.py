@@ -11,4 +11,4 @@ n_layer = 4
 n_head = 2
 n_embd = 128
 batch_size = 8
-max_iters = 5000
+max_iters = 4000

@@ -54,23 +54,25 @@ def staircase(steps, frames, lag, block=1):
 def draw_levels(n, frames, group, staircase_share, generator, context=0):
     """Noise levels for training, and which frames wait: a rollout asks nothing of them.  -> (n, frames), bool of that
 
-    group  "frame" or "token": each on its own, a share of rows as a rollout has them; "shared": one level for all;
-           "next": frame by frame only
+    group  "frame" or "token": each on its own, a share of rows as a rollout has them; "shared": one level for all but
+           the `context` frames, which are clean; "next": frame by frame only
     Rows of tokens are flat. Rows of frames are those of staircases of any lag, mostly long ones, after `context` or
     more finished frames. What independent draws hardly ever have: in half of these rows the first frame that falls is
     unseen, in which what comes after is learned; the past may begin late, frames before it at level 1 as if unknown
     (histories of any length: arXiv:2502.06764); and for "frame" it is a little noisy in a tenth of them.
     """
     free, nobody = torch.rand(n, frames, generator=generator), torch.zeros(n, frames, dtype=torch.bool)
+    order = torch.arange(frames)
     if group == "shared":
-        return stratified_t(n, generator).expand(n, frames), nobody
+        is_given = (order < context).expand(n, frames)
+        return stratified_t(n, generator).expand(n, frames).masked_fill(is_given, 0), is_given
     u, is_unseen, slope, first, start, past = torch.rand(6, n, 1, generator=generator)
     is_row = u < (1.0 if group == "next" else staircase_share)
     if group == "token":
         return torch.where(is_row, free[:, :1], free), nobody
     slope = torch.ones_like(slope) if group == "next" else (5 * slope ** (1 / 3)).floor() / 4  # lag / steps
     past = torch.zeros_like(past) if group == "next" else (past - 0.9).clamp_min(0)
-    order, first = torch.arange(frames), context + ((frames - context) * first).floor()     # the first that falls
+    first = context + ((frames - context) * first).floor()              # the first that falls
     fallen = torch.where(is_unseen < 0.5, 0.0, free[:, :1]) - slope * (order - first)
     stairs = torch.where(order < first, past, (1 - fallen).clamp(0, 1))
     stairs = stairs.masked_fill(order < ((first - context + 1) * start).floor(), 1)

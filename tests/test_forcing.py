@@ -97,8 +97,10 @@ def test_training_levels(rng):
             assert (past > 0).float().mean() == pytest.approx(0 if group == "next" else 0.1, abs=0.05)
     some, _ = processes.draw_levels(4000, 6, "frame", 0.25, rng)
     assert ((some == 0) | (some == 1)).any(1).float().mean() == pytest.approx(0.25, abs=0.03)  # free ones have neither
-    together, _ = processes.draw_levels(100, 6, "shared", 0.25, rng)
-    assert (together == together[:, :1]).all() and together.unique().numel() == 100
+    for context in (0, 2):
+        together, waits = processes.draw_levels(100, 6, "shared", 0.25, rng, context)
+        assert (together[:, context:] == together[:, -1:]).all() and together[:, -1].unique().numel() == 100
+        assert (together[:, :context] == 0).all() and waits.sum(1).eq(context).all() and waits[:, :context].all()
     tokens, _ = processes.draw_levels(4000, 6, "token", 0.5, rng)
     assert (tokens == tokens[:, :1]).all(1).float().mean() == pytest.approx(0.5, abs=0.03)
 
