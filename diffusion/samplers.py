@@ -5,11 +5,12 @@ Nets are net(x, t, label, sites=None): planner -> (B, N) logits; denoiser -> (B,
 
 import inspect
 import math
-from typing import NamedTuple
 
 import torch
 
-from diffusion.processes import T_MAX, T_MIN, draw_posterior, from_others, from_self, noise_of, staircase
+from diffusion.draws import How, State, check, draw, fill, first_by, free_of, guided, mask_of, sharpen, top
+from diffusion.processes import T_MAX, T_MIN, draw_posterior, from_others, from_self, noise_of
+from diffusion.rollouts import rollout, staircase_of
 
 FITS = {                                                # what each kind of run can be sampled with
     "maskd": ("ddpd", "ancestral", "confidence", "remdm"),  # planner + mask denoiser; ddpd alone uses the planner
@@ -20,121 +21,9 @@ FITS = {                                                # what each kind of run 
 }
 
 
-class State(NamedTuple):
-    x: torch.Tensor             # (B, N) tokens after the step
-    p_noise: torch.Tensor       # (B, N) in [0, 1]: the map by which its sites were chosen
-    written: torch.Tensor       # (B, N) bool: the sites written in this step
-    t: torch.Tensor             # (B,) noise level at which the denoiser was asked
-    nfe: torch.Tensor           # (B,) network calls so far
-
-
-class How(NamedTuple):
-    """How tokens are drawn from a denoiser's logits; sample.py's flags bear these names."""
-    temperature: float = 1.0
-    top_k: int = 0              # the likeliest ids only; 0: all
-    top_p: float = 1.0          # the fewest likeliest ids that hold this mass
-    min_p: float = 0.0          # ids at least this share as likely as the likeliest
-    guidance: float = 1.0       # 1: as trained; more: towards the label
-    guidance_ramp: bool = False     # let guidance grow from 1 with the share of noise gone
-    null_label: int | None = None   # the class that stands for no label
-
-
 def check_fit(kind, sampler):
     if sampler not in FITS[kind]:
         raise ValueError(f"sampler {sampler} does not fit a {kind} run; one of {', '.join(FITS[kind])} does")
-
-
-def check(how=None, choices=(), **limits):
-    """Refuse, by name, arguments that mean nothing.  choices (name, value, allowed); limits name=(value, least)"""
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}, not one of {', '.join(allowed)}")
-    for name, (value, least) in limits.items():
-        if not value >= least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-    for name, is_good, rule in [("temperature", how.temperature > 0, "above 0"),
-                                ("top_k", how.top_k >= 0, "not negative"),
-                                ("top_p", 0 < how.top_p <= 1, "in (0, 1]"),
-                                ("min_p", 0 <= how.min_p <= 1, "in [0, 1]")]:
-        if not is_good:
-            raise ValueError(f"{name} is {getattr(how, name)}; it must be {rule}")
-    if how.guidance != 1 and how.null_label is None:
-        raise ValueError("guidance needs null_label, the class that stands for no label")
-
-
-def guided(net, x, t, label, sites, guidance, ramp, null_label):
-    """unlabelled + guidance * (labelled - unlabelled), both in one batch (arXiv:2207.12598).  -> logits, calls
-
-    ramp: guidance grows from 1 with the share of noise gone, 1 - t of each row
-    """
-    where = () if sites is None else (sites,)
-    if guidance == 1:
-        return net(x, t, label, *where), 1
-    twice = [torch.cat([y, y]) for y in (x, t, *where)]
-    both = net(*twice[:2], torch.cat([label, torch.full_like(label, null_label)]), *twice[2:])
-    with_label, without = both.clamp(-1e4, 1e4).chunk(2)                # two impossible ids have no difference
-    if ramp:
-        guidance = (1 + (guidance - 1) * (1 - t)).view(-1, *[1] * (both.dim() - 1)).to(both)
-    return without + guidance * (with_label - without), 2
-
-
-def sharpen(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Probabilities after temperature and truncation.  (..., V) -> (..., V)"""
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-    probs = logits.softmax(-1)
-    if top_p < 1:
-        sorted_p, order = probs.sort(-1, descending=True)
-        drop = sorted_p.cumsum(-1) - sorted_p >= top_p                  # the first one to reach top_p is kept
-        probs = probs.masked_fill(drop.scatter(-1, order, drop), 0)
-    if min_p:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
-    return probs / probs.sum(-1, keepdim=True) if top_p < 1 or min_p else probs
-
-
-def draw(probs, generator):
-    """One id from each distribution, by one number against its float64 sum: tails are kept.  (..., V) -> (...)"""
-    cdf = probs.double().cumsum(-1)
-    u = torch.rand(*probs.shape[:-1], 1, dtype=torch.float64, generator=generator, device=probs.device)
-    return torch.searchsorted(cdf, u * cdf[..., -1:], right=True).clamp_max(probs.shape[-1] - 1)[..., 0]
-
-
-def fill(denoiser, x, t, label, where, how, generator, logits=None):
-    """Draw a token at every place where asked, all at once, in one call (but none for no rows).
-
-    x, where (B, N), t (B, 1), logits (B, N, V) if they are known already
-    ->  new (B, N), x elsewhere;  p (B, N) probability of what was drawn, 0 elsewhere;  calls
-    """
-    n_sites, calls = where.sum(1, keepdim=True), 0
-    if len(x) == 0:
-        return x, torch.zeros(x.shape, device=x.device), calls
-    sites = where.int().topk(max(1, int(n_sites.max()))).indices                                        # (B, K)
-    chosen = torch.arange(sites.shape[1], device=x.device) < n_sites                            # (B, K) bool
-    if logits is None:
-        logits, calls = guided(denoiser, x, t, label, sites, *how[-3:])
-    else:
-        logits = logits.gather(1, sites[..., None].expand(-1, -1, logits.shape[-1]))
-    probs = sharpen(logits[chosen].float(), *how[:4])                                           # (n, V)
-    drawn = draw(probs, generator)                                                              # (n,)
-    ids, p = x.gather(1, sites), torch.zeros(sites.shape, device=x.device)
-    ids[chosen], p[chosen] = drawn, probs.gather(1, drawn[:, None])[:, 0]
-    return x.scatter(1, sites, ids), torch.zeros(x.shape, device=x.device).scatter(1, sites, p), calls
-
-
-def first_by(weight, generator):
-    """Keys whose descending order is a draw without replacement in proportion to weight; zero weight has key 0.
-
-    An exponential race in float64: float32 would cut its tails.  (b, N) -> (b, N)
-    """
-    race = torch.empty(weight.shape, dtype=torch.float64, device=weight.device).exponential_(generator=generator)
-    return weight.double() / race
-
-
-def top(keys, n):
-    """The n (B,) largest of each row, as a mask.  (B, N) -> (B, N) bool"""
-    rank = keys.argsort(1, descending=True).argsort(1)
-    return rank < n[:, None]
 
 
 @torch.no_grad()
@@ -274,18 +163,6 @@ def ancestral(denoiser, x, label, *, n_steps, generator, process, kind="others",
         yield State(x.clone(), p_noise, x != before, t[:, 0], nfe)
 
 
-def free_of(x, known):
-    return torch.ones_like(x, dtype=torch.bool) if known is None else ~known
-
-
-def mask_of(x, free, vocab):
-    """The mask id of a sampler that starts from masks."""
-    vocab = int(x.max()) if vocab is None else vocab
-    if not (x == vocab)[free].all():
-        raise ValueError(f"samplers of a mask denoiser start from masks, id {vocab}, at all tokens that are not known")
-    return vocab
-
-
 @torch.no_grad()
 def confidence(denoiser, x, label, *, n_steps, generator, order="confidence", schedule="arccos", noise=4.5,
                vocab=None, known=None, temperature=1.0, temperature_end=0.0, top_k=0, top_p=1.0, min_p=0.0,
@@ -396,149 +273,9 @@ def self_correct(denoiser, x, label, *, n_steps, generator, k=1, t=0.01, tempera
             return
 
 
-@torch.no_grad()
-def rollout(denoiser, x, label, levels, *, generator, process="hybrid", vocab=None, p_uniform=0.1, known=None, window=0,
-            stabilise=0.0, context_level=0.0, cache=None, reward=None, reward_weight=1.0, particles=1, n_draws=1,
-            temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0, guidance_ramp=False, null_label=None):
-    """Diffusion Forcing (arXiv:2407.01392): every frame falls from noise to data along a column of levels.
-
-    x (B, N) pure noise but for known tokens, levels (R, F) as of processes.staircase, F frames of N / F tokens each
-    ->  yields State, R - 1 of them. Each row is the posterior of `process` at each token's own level.
-    window     frames that the denoiser sees, 0: all; it slides along, the latest frame that falls at its end. Of fewer
-               frames than that the missing ones are noise, and dropped
-    stabilise, context_level   noise levels told of finished frames and of known tokens, that it may distrust them
-    cache      of a causal denoiser: finished frames are computed once
-    reward     (B, N) predicted clean tokens -> (B,). Rows are groups of `particles` that follow one another; each is
-               weighted by exp(reward_weight (reward now - before)), the reward a mean over n_draws predictions, and a
-               group, of one label and one `known`, is resampled when its effective size is under half and at the
-               end: x ~ p(x) exp(reward_weight reward(x))
-    """
-    how = How(temperature, top_k, top_p, min_p, guidance, guidance_ramp, null_label)
-    check(how, [("process", process, ("uniform", "mask", "hybrid"))], window=(window, 0), stabilise=(stabilise, 0),
-          context_level=(context_level, 0), particles=(particles, 1), n_draws=(n_draws, 1))
-    if (stabilise or context_level) and (process == "mask" or (process == "hybrid" and p_uniform == 0)):
-        raise ValueError("stabilise needs uniform noise: with masks a visible token is certain at any level")
-    if len(x) % particles or x.shape[1] % levels.shape[1]:
-        raise ValueError(f"{len(x)} rows of {x.shape[1]} tokens are not groups of {particles} particles and "
-                         f"{levels.shape[1]} frames")
-    if cache is not None and (reward or guidance != 1):
-        raise ValueError("a cache holds one set of rows: it goes without reward and guidance")
-    vocab = int(x.max()) if vocab is None and process != "uniform" else vocab
-    (n_rows, n_frames), n_tokens, size = levels.shape, x.shape[1], x.shape[1] // levels.shape[1]
-    window, missing = window or n_frames, max(0, window - n_frames)
-    x, free, nfe = x.clone(), free_of(x, known), torch.zeros_like(label)
-    if missing:
-        noise = torch.randint(vocab, (len(x), missing * size), generator=generator, device=x.device)
-        x = torch.cat([x, noise if process == "uniform" else torch.full_like(noise, vocab)], 1)
-        free = torch.cat([free, torch.ones_like(noise, dtype=torch.bool)], 1)
-    levels = torch.cat([levels, levels.new_ones(n_rows, missing)], 1).to(x.device, torch.float32)
-    is_known = ~free.view(len(x), -1, size).any(2).any(0)               # (F,) frames in which nothing is to be drawn
-    levels = levels.masked_fill(is_known, 0)
-    herd = Particles(reward, reward_weight, particles, n_draws, n_tokens, x, generator)
-    p_noise = torch.zeros(x.shape, device=x.device)
-    rows_that_fall = [i for i in range(n_rows - 1) if (levels[i] > levels[i + 1]).any()]
-    for i in rows_that_fall:
-        t, s = levels[i], levels[i + 1]
-        falls = (t > s).nonzero()[:, 0].tolist()
-        end = falls[-1] + 1 if cache is not None else max(falls[-1] + 1, min(window, len(t)))
-        first = max(0, end - window) if cache is None else cache.n_kept
-        if falls[0] < max(first, end - window):
-            raise ValueError(f"frames {falls[0]} to {falls[-1]} fall together: too many for a window of {window}")
-        here, at = slice(first * size, end * size), slice(first, end)
-        t_, s_ = (y[at].repeat_interleave(size).expand(len(x), -1) * free[:, here] for y in (t, s))     # (B, n)
-        told = torch.where(free[:, here], torch.where(t_ == 0, stabilise, t_), context_level)
-        seen = x[:, here]
-        if cache is not None:
-            keep = int((t[at] > 0).int().argmax())                      # the first frame that is not finished
-            logits, calls = denoiser(seen, told, label, None, cache, keep), 1
-        else:
-            logits, calls = guided(denoiser, seen, told, label, None, *how[-3:])
-        vocab, nfe = vocab or logits.shape[-1], nfe + calls
-        probs = sharpen(logits.float(), *how[:4])
-        at_x = probs.gather(-1, seen.clamp_max(vocab - 1)[..., None])[..., 0]                   # (B, n)
-        doubt = noise_of(at_x, seen, t_, process, vocab, p_uniform) * (t_ > 0)
-        if reward is not None:
-            rows = herd.move(herd.expects(x, here, probs, doubt))
-            x, seen, probs, at_x, doubt = (y[rows] for y in (x, seen, probs, at_x, doubt))
-        p_noise, written = torch.zeros_like(p_noise), torch.zeros_like(free)
-        p_noise[:, here] = doubt
-        fall = slice((falls[0] - first) * size, (falls[-1] + 1 - first) * size)                 # of what is seen
-        drawn, now_at = draw(probs[:, fall], generator), slice(falls[0] * size, (falls[-1] + 1) * size)
-        new = draw_posterior(drawn, *(y[:, fall] for y in (at_x, seen, t_, s_)), process, vocab, generator, p_uniform)
-        new = torch.where(t_[:, fall] > s_[:, fall], new, seen[:, fall])
-        written[:, now_at], x[:, now_at] = new != seen[:, fall], new
-        if reward is not None and i == rows_that_fall[-1]:
-            rows = herd.move(reward(x[:, :n_tokens]), always=True)
-            x, p_noise, written = x[rows], p_noise[rows], written[rows]
-        yield State(x[:, :n_tokens].clone(), p_noise[:, :n_tokens].clone(), written[:, :n_tokens],
-                    t_.sum(1) / (t_ > 0).sum(1).clamp_min(1), nfe)
-
-
-class Particles:
-    """Groups of sequences whose weights follow a reward as it becomes known (sequential Monte Carlo)."""
-
-    def __init__(self, reward, weight, n, n_draws, n_tokens, x, generator):
-        self.reward, self.weight, self.n, self.n_draws, self.n_tokens = reward, weight, n, n_draws, n_tokens
-        self.before, self.log_w = torch.zeros(len(x), device=x.device), torch.zeros(len(x), device=x.device)
-        self.luck = torch.Generator(x.device).manual_seed(generator.initial_seed() + 1)     # spends no draw of x
-
-    def expects(self, x, here, probs, doubt):
-        """Mean reward of draws of the clean tokens; doubt (B, n): P(noise) of the tokens `here`.  -> (B,)"""
-        total = torch.zeros(len(x), device=x.device)
-        for _ in range(self.n_draws):
-            is_noise = torch.rand(doubt.shape, generator=self.luck, device=x.device) < doubt
-            clean = x.clone()
-            clean[:, here] = torch.where(is_noise, draw(probs, self.luck), x[:, here])
-            total += self.reward(clean[:, :self.n_tokens])
-        return total / self.n_draws
-
-    def move(self, now, always=False):
-        """Weigh by what the reward has gained, and resample.  -> rows (B,) to go on from"""
-        self.log_w = self.log_w + self.weight * (now - self.before)
-        rows, self.log_w = resample(self.log_w, self.n, self.luck, always)
-        self.before = now[rows]
-        return rows
-
-
-def resample(log_w, particles, generator, always=False):
-    """Systematic resampling of each group whose effective size is under half (or, always, whose weights differ).
-
-    log_w (B,), groups of `particles` rows  ->  rows (B,), log_w (B,): 0 where a group was resampled
-    """
-    groups = log_w.view(-1, particles)
-    w = groups.double().softmax(1)
-    must = w.square().sum(1).reciprocal() < particles / 2
-    if always:
-        must = groups.amax(1) > groups.amin(1)
-    u = torch.rand(len(w), 1, dtype=torch.float64, generator=generator, device=w.device)
-    points = (u + torch.arange(particles, device=w.device)) / particles
-    chosen = torch.searchsorted(w.cumsum(1).clamp_max(1), points).clamp_max(particles - 1)
-    own = torch.arange(particles, device=w.device)
-    rows = torch.where(must[:, None], chosen, own) + torch.arange(len(w), device=w.device)[:, None] * particles
-    return rows.flatten(), torch.where(must[:, None], 0.0, groups).flatten()
-
-
 def options_of(sampler):
     """Names of a sampler's arguments that a user may set."""
     return [*inspect.signature(globals()[sampler]).parameters, *["lag"] * (sampler == "rollout")]
-
-
-def staircase_of(grid, n_steps, frames=0, lag=-1, context=0):
-    """Levels of a rollout: a column for each frame of a video after its context, one for all tokens of other grids.
-
-    lag -1: frame by frame; 0: all together, window by window  ->  (R, F)
-    """
-    if len(grid) != 3:
-        levels = staircase(n_steps, 1, 0)
-    else:
-        context = min(context, grid[0] - 1)
-        frames = (frames or grid[0]) - context
-        if frames < 1:
-            raise ValueError(f"{frames + context} frames are no more than the {context} that are given")
-        block = min(frames, grid[0] - context) if lag == 0 else 1       # as many as a window holds
-        levels = staircase(n_steps, frames, n_steps if lag < 1 else lag, block)
-        levels = torch.cat([levels.new_zeros(len(levels), context), levels], 1)
-    return levels
 
 
 def run(sampler, kind, nets, label, *, meta, generator, given=None, known=None, p_uniform=0.1, process=None, lag=-1,

@@ -19,7 +19,8 @@ import model
 import train_ddpd
 from diffusion import objectives, processes, samplers
 from diffusion.objectives import gidd_loss, gidd_weight
-from diffusion.samplers import last, resample, rollout
+from diffusion.rollouts import resample
+from diffusion.samplers import last, rollout
 
 V = 7
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from world import Table, dense, sparse
 
-from diffusion import processes, samplers
+from diffusion import draws, processes, samplers
 from diffusion.processes import corrupt, from_self
 from diffusion.samplers import ancestral, confidence, ddpd, remdm
 from diffusion.samplers import last as finish
@@ -313,7 +313,7 @@ def any_level(world):
 
 def test_temperature_falls_evenly(monkeypatch, rng):
     seen = []
-    monkeypatch.setattr(samplers, "sharpen", lambda y, temperature, *rest: seen.append(temperature) or y.softmax(-1))
+    monkeypatch.setattr(draws, "sharpen", lambda y, temperature, *rest: seen.append(temperature) or y.softmax(-1))
     net = lambda x, t, label, sites: torch.zeros(*sites.shape, 4)  # noqa: E731
     options = dict(n_steps=3, order="random", temperature=1.0, temperature_end=0.5, generator=rng)
     finish(confidence(net, torch.full((2, 9), 4), torch.zeros(2).long(), **options))
@@ -416,22 +416,22 @@ def test_from_self_recovers_the_exact_planner_and_denoiser(rng):
 def test_draws_keep_the_tails(rng):
     """Ids of probability 1e-4 are drawn as often as that, impossible ones never, also among a million of others."""
     probs = torch.tensor([0.0, 0.9999, 0.0, 1e-4, 0.0])
-    counts = torch.bincount(samplers.draw(probs.expand(2_000_000, 5), rng), minlength=5)
+    counts = torch.bincount(draws.draw(probs.expand(2_000_000, 5), rng), minlength=5)
     assert counts[[0, 2, 4]].sum() == 0 and counts[3].item() == pytest.approx(200, abs=60)
     n = 1_000_000
     wide = torch.cat([torch.full((n,), 0.5 / n), torch.tensor([0.5])])
-    ids = torch.tensor([samplers.draw(wide, rng).item() for _ in range(200)])
+    ids = torch.tensor([draws.draw(wide, rng).item() for _ in range(200)])
     assert 70 < (ids == n).sum() < 130 and 0.4 < ids[ids < n].double().mean() / n < 0.6
 
 
 def test_truncation():
     """top-k keeps k ids; top-p the fewest that reach it; min-p those near the likeliest; temperature sharpens."""
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert samplers.sharpen(logits, 1, 2, 1.0).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
-    assert samplers.sharpen(logits, 1, 0, 0.65).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
-    assert samplers.sharpen(logits, 1, 0, 0.75).tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
-    assert samplers.sharpen(logits, 1, 0, 1.0, 0.6).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
-    assert samplers.sharpen(logits, 0.5, 0, 1.0)[0] == pytest.approx(0.16 / 0.30)
+    assert draws.sharpen(logits, 1, 2, 1.0).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert draws.sharpen(logits, 1, 0, 0.65).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert draws.sharpen(logits, 1, 0, 0.75).tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
+    assert draws.sharpen(logits, 1, 0, 1.0, 0.6).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert draws.sharpen(logits, 0.5, 0, 1.0)[0] == pytest.approx(0.16 / 0.30)
 
 
 def test_guidance_moves_along_the_difference_of_labelled_and_unlabelled(rng):
@@ -441,7 +441,7 @@ def test_guidance_moves_along_the_difference_of_labelled_and_unlabelled(rng):
         return label[:, None].float().expand(x.shape)
 
     x, t, label = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 1), torch.tensor([4, 5])
-    logits, calls = samplers.guided(net, x, t, label, None, 3.0, False, 10)
+    logits, calls = draws.guided(net, x, t, label, None, 3.0, False, 10)
     assert calls == 2 and logits[:, 0].tolist() == [10 + 3 * (4 - 10), 10 + 3 * (5 - 10)]
 
 
@@ -456,9 +456,9 @@ def test_guidance_ramps_with_the_share_of_noise_gone(is_ramped, rng):
 
     want = [1.0, 2.0, 3.0] if is_ramped else [3.0, 3.0, 3.0]
     for sites in (None, torch.zeros(3, 2).long()):
-        logits, calls = samplers.guided(net, x, t, label, sites, 3.0, is_ramped, 9)
+        logits, calls = draws.guided(net, x, t, label, sites, 3.0, is_ramped, 9)
         assert calls == 2 and logits.flatten(1)[:, 0].tolist() == want
-    assert samplers.guided(net, x, t, label, None, 1.0, is_ramped, 9)[1] == 1
+    assert draws.guided(net, x, t, label, None, 1.0, is_ramped, 9)[1] == 1
 
 
 @pytest.mark.parametrize(
