@@ -79,10 +79,11 @@ def bounce_jobs(name, process, p_uniform, vocab):
 def sample(data):
     device = runtime.pick_device()
     for name, seed in RUNS[data]:
-        if not (Path(folder(name, seed)) / "ckpt.pt").exists():
+        has_any = (Path(folder(name, seed)) / "ckpt.pt").exists()
+        run = evaluate.Run(folder(name, seed), device) if has_any else None
+        if not run or run.it < run.cfg["max_iters"]:
             print(f"{folder(name, seed)} is not trained yet")
             continue
-        run = evaluate.Run(folder(name, seed), device)
         done = {r["job"] for r in rows(data) if r["run"] == run.folder}
         if data == "bounce":
             jobs = bounce_jobs(name, run.process, run.p_uniform, run.meta["vocab"])
