@@ -1,258 +1,446 @@
-"""Tokens on disk: data/<name>/ holds meta.json and, per split, <split>_tokens.npy (n, *grid), <split>_labels.npy (n,).
+"""Tokens on disk, and the command that makes them.
 
-python data.py NAME [--folder F | --file F] [--name FOLDER]     makes the folder from sources/NAME.py
+A folder data/<name>/ holds meta.json and, for each split, <split>_tokens.npy (n, *grid) and
+<split>_labels.npy (n,).
+
+python data.py NAME [--folder F | --file F] [--name FOLDER]     make the folder from sources/NAME.py
+python data.py --list                                           list the sources
 """
 
+from __future__ import annotations
+
+import ast
 import difflib
 import importlib
 import json
 import math
+import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ROOT = Path("data")
 SOURCES = Path(__file__).parent / "sources"
-META = {"name": str, "vocab": int, "grid": list, "n_classes": int, "class_names": list, "palette": (str, list),
-        "given": list}
+SPLITS = ("train", "val")
+META_TYPES = {
+    "name": str,
+    "vocab": int,
+    "grid": list,
+    "n_classes": int,
+    "class_names": list,
+    "palette": (str, list),
+    "given": list,
+}
 
 
 @dataclass(frozen=True)
 class Make:
-    """Make data/<name>/ from one of sources/."""
+    """Make data/<name>/ from one of sources/. `python data.py --list` lists them."""
     source: str             # file name in sources/, without .py
-    name: str = ""          # folder under data/; "": the source's own
-    folder: str = ""        # folder of the source's files, where it has several; "": downloaded
-    file: str = ""          # the source's one file, where it needs one
-    image_size: int = 0     # tokens per side, where the source makes tokens; 0: its own
-    levels: int = 0         # grey levels, where the source makes tokens; 0: its own
-    length: int = 0         # bytes per sequence, where the source is text; 0: its own
-    vocab: int = 0          # ids, where the source's file holds tokens; 0: the largest and those below
-    tokenizer: str = ""     # whose tokens they are: warns of ids that it never writes
-    stochastic: bool = False    # bounce: a new velocity at every wall
+    name: str = ""          # folder under data/; "": chosen by the source
+    folder: str = ""        # folder with the source's files, if it reads several; "": download them
+    file: str = ""          # the source's file, if it reads one
+    image_size: int = 0     # tokens per side, if the source quantises images; 0: its default
+    grey_levels: int = 0    # grey levels, if the source quantises images; 0: its default
+    length: int = 0         # bytes per sequence, if the source is text; 0: its default
+    vocab: int = 0          # vocabulary size, if the file holds tokens; 0: the largest id plus one
+    tokenizer: str = ""     # tokenizer of the file's tokens: warns about ids that it cannot produce
+    stochastic: bool = False    # bounce: draw a new velocity at every wall
+
+
+# Reading
 
 
 class Split:
-    """One split on disk: only the rows asked for are read, and no map of the file outlives the call."""
+    """One split on disk. Only the requested rows are read, and no memory map outlives a call."""
 
-    def __init__(self, folder, split, meta):
-        self.meta, self.tokens_file = meta, folder / f"{split}_tokens.npy"
-        tokens, self.labels = read_npy(self.tokens_file), np.array(read_npy(folder / f"{split}_labels.npy"))
-        if tokens.shape[1:] != tuple(meta["grid"]) or tokens.dtype not in (np.uint16, np.uint32):
-            raise SystemExit(f"{self.tokens_file} holds {tokens.dtype} {tokens.shape}, not uint16 or uint32 "
-                             f"(n, {', '.join(map(str, meta['grid']))}) as meta.json says")
+    def __init__(self, folder: Path, split: str, meta: dict) -> None:
+        self.meta = meta
+        self.tokens_file = folder / f"{split}_tokens.npy"
+        tokens = read_npy(self.tokens_file)
+        self.labels = np.array(read_npy(folder / f"{split}_labels.npy"))
+        grid = tuple(meta["grid"])
+        if tokens.shape[1:] != grid or tokens.dtype not in (np.uint16, np.uint32):
+            sizes = ", ".join(map(str, grid))
+            raise SystemExit(f"{self.tokens_file} holds {tokens.dtype} {tokens.shape}, "
+                             f"not uint16 or uint32 (n, {sizes}) as meta.json says")
         if self.labels.shape != (len(tokens),) or self.labels.dtype.kind not in "iu":
-            raise SystemExit(f"{folder}: {len(tokens)} {split} sequences, but labels of shape {self.labels.shape}, "
-                             f"{self.labels.dtype}")
+            raise SystemExit(f"{folder}: {len(tokens)} {split} sequences, but labels of shape "
+                             f"{self.labels.shape}, {self.labels.dtype}")
         if len(tokens) == 0:
             raise SystemExit(f"{self.tokens_file} is empty")
-        self.where = dict(dtype=tokens.dtype, mode="r", offset=tokens.offset, shape=tokens.shape,
-                          order="F" if tokens.flags.fnc else "C")
+        self.memmap_options = {
+            "dtype": tokens.dtype,
+            "mode": "r",
+            "offset": tokens.offset,
+            "shape": tokens.shape,
+            "order": "F" if tokens.flags.fnc else "C",
+        }
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def some(self, n):
-        """n sequences spread over the split, again from the first where it has fewer.  -> as rows()"""
-        return self.rows(np.arange(n) * max(1, len(self) // n) % len(self))
+    def spread_subset(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """n evenly spaced rows, starting over where the split has fewer.  Returns as rows()."""
+        stride = max(1, len(self) // n)
+        return self.rows(np.arange(n) * stride % len(self))
 
-    def rows(self, index):
-        """Sequences and labels by index, checked.  index (B,) -> tokens (B, N) int64, labels (B,) int64"""
-        tokens = np.memmap(self.tokens_file, **self.where)[index].reshape(len(index), -1).astype(np.int64)
+    def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences and labels at the given rows, checked against meta.json.
+
+        index (B,)  ->  tokens (B, N) int64, labels (B,) int64
+        """
+        tokens = np.memmap(self.tokens_file, **self.memmap_options)[index]
+        tokens = tokens.reshape(len(index), -1).astype(np.int64)
         labels = self.labels[index].astype(np.int64)
-        for what, values, limit in [("token", tokens.max(1), self.meta["vocab"]),
-                                    ("label", labels, max(1, self.meta["n_classes"]))]:
-            if (values >= limit).any() or (values < 0).any():
-                bad = int(np.argmax((values >= limit) | (values < 0)))
-                raise SystemExit(f"{self.tokens_file}, row {index[bad]}: {what} {values[bad]} is not in [0, {limit})")
+        self.check_range("token", index, tokens.max(1), self.meta["vocab"])
+        self.check_range("label", index, labels, max(1, self.meta["n_classes"]))
         return tokens, labels
 
+    def check_range(self, kind: str, index: np.ndarray, values: np.ndarray, limit: int) -> None:
+        """Require 0 <= values < limit.  index, values (B,)"""
+        is_bad = (values >= limit) | (values < 0)
+        if is_bad.any():
+            bad = int(np.argmax(is_bad))
+            raise SystemExit(f"{self.tokens_file}, row {index[bad]}: "
+                             f"{kind} {values[bad]} is not in [0, {limit})")
 
-def read_npy(path):
-    """A memory-mapped array."""
+
+def read_npy(path: Path) -> np.memmap:
+    """Open an .npy file as a read-only memory map."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:                                          # a spoiled header raises many kinds
+    except Exception as error:      # a corrupt header raises many kinds of exception
         raise SystemExit(f"{path} cannot be read: {error!r}") from None
 
 
-def read_meta(folder):
+def read_meta(folder: Path) -> dict:
+    """Read and check a folder's meta.json."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from None
-    for key, kind in META.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
-            raise SystemExit(f"{path}: {key} is missing or of the wrong type")
-    if meta["vocab"] < 2 or meta["n_classes"] < 0 or len(meta["class_names"]) != meta["n_classes"]:
-        raise SystemExit(f"{path}: vocab must be at least 2, and class_names must name n_classes classes")
-    if not meta["grid"] or not all(type(n) is int and n > 0 for n in meta["grid"]) or math.prod(meta["grid"]) < 2:
-        raise SystemExit(f"{path}: grid {meta['grid']} is not a list of sizes that hold at least two tokens")
-    if isinstance(meta["palette"], list) and not is_palette(meta["palette"], meta["vocab"]):
-        raise SystemExit(f"{path}: palette must name a colour (r, g, b), 0 to 255, for each of {meta['vocab']} tokens")
-    if not all(isinstance(name, str) for name in meta["class_names"]):
-        raise SystemExit(f"{path}: class_names must be words")
-    for key, value in meta.items():
-        if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
-            raise SystemExit(f"{path}: {key} {value!r} leaves the folder")
-    for y in meta["given"]:
-        is_place = isinstance(y, list) and len(y) == len(meta["grid"]) and all(map(is_index, y, meta["grid"]))
-        if not is_place and not is_index(y, meta["vocab"]):
-            raise SystemExit(f"{path}: given {y!r} is neither an id below {meta['vocab']} nor a place on the grid")
-    if meta.get("score", "") not in ("", *source_names()):
-        raise SystemExit(f"{path}: score {meta['score']!r} names no file in sources/")
+    message = meta_error(meta)
+    if message:
+        raise SystemExit(f"{path}: {message}")
     return meta
 
 
-def is_index(y, limit):
-    return type(y) is int and 0 <= y < limit
+def meta_error(meta: object) -> str:
+    """The first thing that is wrong with a meta.json, "" if nothing is."""
+    for key, kind in META_TYPES.items():
+        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+            return f"{key} is missing or of the wrong type"
+    vocab = meta["vocab"]
+    grid = meta["grid"]
+    n_classes = meta["n_classes"]
+    if vocab < 2 or n_classes < 0 or len(meta["class_names"]) != n_classes:
+        return "vocab must be at least 2, and class_names must name n_classes classes"
+    if not is_grid(grid):
+        return f"grid {grid} is not a list of sizes that hold at least two tokens"
+    if isinstance(meta["palette"], list) and not is_palette(meta["palette"], vocab):
+        return f"palette must name a colour (r, g, b), 0 to 255, for each of {vocab} tokens"
+    if not all(isinstance(name, str) for name in meta["class_names"]):
+        return "class_names must be words"
+    for key, value in meta.items():
+        if isinstance(value, str) and leaves_folder(value):
+            return f"{key} {value!r} leaves the folder"
+    for entry in meta["given"]:
+        if not is_index(entry, vocab) and not is_position(entry, grid):
+            return f"given {entry!r} is neither an id below {vocab} nor a position on the grid"
+    score = meta.get("score", "")
+    if score != "" and score not in source_names():
+        return f"score {score!r} names no file in sources/"
+    return ""
 
 
-def given(meta, tokens):
-    """What is always given: tokens of the ids and at the places that meta names.  (B, N) -> (B, N) bool or None"""
+def is_index(value: object, limit: int) -> bool:
+    return type(value) is int and 0 <= value < limit
+
+
+def is_grid(grid: list) -> bool:
+    """Is this a list of positive sizes with at least two tokens in all?"""
+    if not grid or not all(type(size) is int and size > 0 for size in grid):
+        return False
+    return math.prod(grid) >= 2
+
+
+def is_position(entry: object, grid: list[int]) -> bool:
+    """Is this one index per axis of the grid?"""
+    if not isinstance(entry, list) or len(entry) != len(grid):
+        return False
+    return all(map(is_index, entry, grid))
+
+
+def is_palette(colours: list, vocab: int) -> bool:
+    """Is this one colour for each token?"""
+    return len(colours) == vocab and all(map(is_colour, colours))
+
+
+def is_colour(colour: object) -> bool:
+    """Is this [r, g, b], each from 0 to 255?"""
+    if not isinstance(colour, list) or len(colour) != 3:
+        return False
+    return all(type(value) in (int, float) and 0 <= value <= 255 for value in colour)
+
+
+def leaves_folder(path: str) -> bool:
+    return Path(path).is_absolute() or ".." in Path(path).parts
+
+
+def load(name: str, image_size: int = 0, grey_levels: int = 0) -> tuple[dict, dict[str, Split]]:
+    """Open data/<name>; sources that need no files are made on first use.
+
+    ->  meta, {"train": Split, "val": Split}
+    """
+    if leaves_folder(name):
+        raise SystemExit(f"data {name} leaves the folder {ROOT}/")
+    if name in source_names():
+        folder = make_if_missing(name, image_size, grey_levels)
+    else:
+        folder = ROOT / name
+        if not has_data(folder):
+            raise SystemExit(f"no data in {folder} and no source of that name; {suggestion(name)}")
+    meta = read_meta(folder)
+    return meta, {split: Split(folder, split, meta) for split in SPLITS}
+
+
+def has_data(folder: Path) -> bool:
+    return (folder / "meta.json").exists()
+
+
+def make_if_missing(name: str, image_size: int, grey_levels: int) -> Path:
+    """Make a source's folder unless it exists.  ->  folder"""
+    source = import_source(name)
+    options = Make(name, image_size=image_size, grey_levels=grey_levels)
+    folder = ROOT / source.folder_name(options)
+    if has_data(folder):
+        return folder
+    if not source.MAKES_ITSELF:
+        size = image_size or "S"
+        n_levels = grey_levels or "L"
+        raise SystemExit(f"no data in {folder}: make it with `python data.py {name}` "
+                         f"(--image-size {size} --grey-levels {n_levels} unless its defaults)")
+    make(source, folder, options)
+    return folder
+
+
+def suggestion(name: str) -> str:
+    """The source closest to a misspelt name, or all of them."""
+    close = difflib.get_close_matches(name, source_names(), n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"sources: {', '.join(source_names())}"
+
+
+# Known tokens
+
+
+def known_mask(meta: dict, tokens: Tensor) -> Tensor | None:
+    """Tokens that are never corrupted: the ids and the grid positions in meta["given"].
+
+    tokens (B, N)  ->  (B, N) bool, None if meta["given"] is empty
+    """
     import torch
 
     if not meta["given"]:
         return None
-    ids = torch.tensor([y for y in meta["given"] if isinstance(y, int)], dtype=tokens.dtype, device=tokens.device)
-    out = torch.isin(tokens, ids)
-    for place in (y for y in meta["given"] if isinstance(y, list)):
-        out[:, np.ravel_multi_index(place, meta["grid"])] = True
-    return out
+    known_ids = [entry for entry in meta["given"] if isinstance(entry, int)]
+    positions = [entry for entry in meta["given"] if isinstance(entry, list)]
+    id_tensor = torch.tensor(known_ids, dtype=tokens.dtype, device=tokens.device)
+    mask = torch.isin(tokens, id_tensor)
+    for position in positions:
+        mask[:, np.ravel_multi_index(position, meta["grid"])] = True
+    return mask
 
 
-def context(meta, tokens, n_frames=2):
-    """What a sampler is told of real tokens: those that are given, and the first frames of a video.  -> bool or None"""
+def context_mask(meta: dict, tokens: Tensor, n_frames: int) -> Tensor | None:
+    """Real tokens shown to a sampler: the known ones and the first n_frames of a video.
+
+    tokens (B, N)  ->  (B, N) bool, None if there are none
+    """
     import torch
 
-    out = given(meta, tokens)
-    if len(meta["grid"]) == 3 and n_frames:
-        out = torch.zeros_like(tokens, dtype=torch.bool) if out is None else out
-        out[:, :n_frames * math.prod(meta["grid"][1:])] = True
-    return out
+    mask = known_mask(meta, tokens)
+    is_video = len(meta["grid"]) == 3
+    if not is_video or n_frames == 0:
+        return mask
+    if mask is None:
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+    tokens_per_frame = math.prod(meta["grid"][1:])
+    mask[:, :n_frames * tokens_per_frame] = True
+    return mask
 
 
-def is_palette(colours, vocab):
-    return len(colours) == vocab and all(isinstance(c, list) and len(c) == 3 and all(
-        type(v) in (int, float) and 0 <= v <= 255 for v in c) for c in colours)
+# Order of training
 
 
-def source_names():
-    return sorted(p.stem for p in SOURCES.glob("[a-z]*.py"))
+class ShuffledIndices:
+    """Row indices in training order: each epoch is a permutation drawn from (seed, epoch).
+
+    The index at a position depends on that position alone, so a run resumes anywhere.
+    With seed None every epoch is in file order.
+    """
+
+    def __init__(self, n: int, seed: int | None) -> None:
+        self.n = n
+        self.seed = seed
+        self.epoch = -1     # the epoch whose permutation is kept
+        self.permutation = np.arange(n)
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Indices at positions start .. start + count - 1 of the endless order.
+
+        ->  (count,) int64
+        """
+        indices = np.empty(count, np.int64)
+        for i in range(count):
+            epoch, position = divmod(start + i, self.n)
+            if epoch != self.epoch:
+                self.permutation = self.permute(epoch)
+                self.epoch = epoch
+            indices[i] = self.permutation[position]
+        return indices
+
+    def permute(self, epoch: int) -> np.ndarray:
+        """All n indices in the order of one epoch.  ->  (n,) int64"""
+        permutation = np.arange(self.n)
+        if self.seed is not None:
+            np.random.default_rng([self.seed, epoch]).shuffle(permutation)
+        return permutation
 
 
-def import_source(name):
-    if name not in source_names():
-        close = difflib.get_close_matches(name, source_names(), n=1, cutoff=0)
-        raise SystemExit(f"no source {name}; there are {', '.join(source_names())}; did you mean {close[0]}?")
+# Sources
+
+
+def source_names() -> list[str]:
+    return sorted(path.stem for path in SOURCES.glob("[a-z]*.py"))
+
+
+def import_source(name: str) -> ModuleType:
+    """Import sources/<name>.py."""
+    names = source_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0)
+        raise SystemExit(f"no source {name}; there are {', '.join(names)}; "
+                         f"did you mean {close[0]}?")
     return importlib.import_module(f"sources.{name}")
 
 
-def load(name, image_size=0, levels=0):
-    """Open data/<name>, made first where its source can make itself.  -> meta, {"train": Split, "val": Split}"""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise SystemExit(f"data {name} leaves the folder {ROOT}/")
-    folder = ROOT / name
-    if name in source_names():
-        source, how = import_source(name), Make(name, image_size=image_size, levels=levels)
-        folder = ROOT / source.folder_name(how)
-        if not (folder / "meta.json").exists():
-            if not source.MAKES_ITSELF:
-                raise SystemExit(f"no data in {folder}: make it with `python data.py {name}` "
-                                 f"(--image-size {image_size or 'S'} --levels {levels or 'L'} where not its own)")
-            make(source, folder, how)
-    elif not (folder / "meta.json").exists():
-        close = difflib.get_close_matches(name, source_names(), n=1)
-        raise SystemExit(f"no data in {folder} and no source of that name"
-                         + (f"; did you mean {close[0]}?" if close else f"; sources: {', '.join(source_names())}"))
-    meta = read_meta(folder)
-    return meta, {split: Split(folder, split, meta) for split in ("train", "val")}
+def list_sources() -> str:
+    """Every source with the first line of its docstring, read without importing it."""
+    names = source_names()
+    width = max(map(len, names))
+    lines = []
+    for name in names:
+        tree = ast.parse((SOURCES / f"{name}.py").read_text())
+        summary = ast.get_docstring(tree).splitlines()[0]
+        lines.append(f"{name:<{width}}  {summary}")
+    return "\n".join(lines)
 
 
-class Writer:
-    """<split>_tokens.npy, written a chunk at a time."""
+# Writing
 
-    def __init__(self, folder, split, meta):
-        self.file, self.n, self.labels = open(folder / f"{split}_tokens.npy", "wb"), 0, []
-        self.dtype, self.grid = np.dtype(np.uint16 if meta["vocab"] <= 2**16 else np.uint32), tuple(meta["grid"])
+
+class SplitWriter:
+    """Write <split>_tokens.npy chunk by chunk, and <split>_labels.npy at the end."""
+
+    def __init__(self, folder: Path, split: str, meta: dict) -> None:
+        self.file = open(folder / f"{split}_tokens.npy", "wb")
         self.labels_file = folder / f"{split}_labels.npy"
+        self.n = 0
+        self.labels = []
+        self.dtype = np.dtype(np.uint16 if meta["vocab"] <= 2**16 else np.uint32)
+        self.grid = tuple(meta["grid"])
         self.write_header()
 
-    def write_header(self):
-        """At the start and again when n is known: numpy pads it so that any n fits."""
-        np.lib.format.write_array_header_1_0(self.file, dict(descr=self.dtype.str, fortran_order=False,
-                                                             shape=(self.n, *self.grid)))
+    def write_header(self) -> None:
+        """Written first and again once n is known: numpy pads the header so that any n fits."""
+        header = {
+            "descr": self.dtype.str,
+            "fortran_order": False,
+            "shape": (self.n, *self.grid),
+        }
+        np.lib.format.write_array_header_1_0(self.file, header)
 
-    def add(self, tokens, labels):
+    def add(self, tokens: np.ndarray, labels: np.ndarray) -> None:
+        """Append a chunk.  tokens (m, *grid), labels (m,)"""
         assert tokens.shape == (len(labels), *self.grid)
         self.file.write(tokens.astype(self.dtype).tobytes())
         self.labels.append(np.asarray(labels, np.int64))
         self.n += len(labels)
 
-    def close(self):
-        begin = self.file.seek(0)
+    def close(self) -> None:
+        """Write the final header and the labels."""
+        self.file.seek(0)
         self.write_header()
-        assert begin == 0 and self.file.tell() + self.n * self.dtype.itemsize * math.prod(self.grid) \
-            == self.file.seek(0, 2)
+        header_bytes = self.file.tell()
+        token_bytes = self.n * self.dtype.itemsize * math.prod(self.grid)
+        assert self.file.seek(0, 2) == header_bytes + token_bytes
         self.file.close()
         np.save(self.labels_file, np.concatenate(self.labels))
 
 
-def make(source, folder, how):
-    """Write a source's tokens to folder, whole or not at all, also where several runs make it at once."""
-    meta, chunks = source.make(how)                                     # (split, tokens (m, *grid), labels (m,))
+def make(source: ModuleType, folder: Path, options: Make) -> None:
+    """Write a source's tokens to a folder.
+
+    The folder appears complete or not at all, even if several runs make it at the same time.
+    """
+    meta, chunks = source.make(options)     # chunks: (split, tokens (m, *grid), labels (m,))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}_") as scratch:
-        new, writers = Path(scratch) / folder.name, {}
-        new.mkdir()
-        for split, tokens, labels in chunks:
-            if split not in writers:
-                writers[split] = Writer(new, split, meta)
-            writers[split].add(tokens, labels)
-        for writer in writers.values():
-            writer.close()
-        (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        new_folder = Path(scratch) / folder.name
+        n_rows = write_folder(new_folder, meta, chunks)
         try:
-            new.rename(folder)
-        except OSError:                                                 # another run was first
-            if not (folder / "meta.json").exists():
+            new_folder.rename(folder)
+        except OSError:
+            if not has_data(folder):
                 raise SystemExit(f"{folder} is in the way and holds no data: remove it") from None
             print(f"{folder} was made meanwhile and is kept")
             return
-    print(f"made {folder}: " + ", ".join(f"{writer.n} {split}" for split, writer in writers.items())
-          + f" sequences of {' x '.join(map(str, meta['grid']))} tokens, vocabulary {meta['vocab']}")
+    counts = ", ".join(f"{n} {split}" for split, n in n_rows.items())
+    shape = " x ".join(map(str, meta["grid"]))
+    print(f"made {folder}: {counts} sequences of {shape} tokens, vocabulary {meta['vocab']}")
 
 
-class Order:
-    """Indices in training order: one seeded permutation per epoch, a function of position alone. No seed: in order."""
+def write_folder(folder: Path, meta: dict, chunks: Iterable[tuple]) -> dict[str, int]:
+    """Create a folder with all splits and meta.json.  ->  {split: number of sequences}"""
+    folder.mkdir()
+    writers = {}
+    for split, tokens, labels in chunks:
+        if split not in writers:
+            writers[split] = SplitWriter(folder, split, meta)
+        writers[split].add(tokens, labels)
+    for writer in writers.values():
+        writer.close()
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return {split: writer.n for split, writer in writers.items()}
 
-    def __init__(self, n, seed):
-        self.n, self.seed, self.epoch = n, seed, -1
 
-    def take(self, start, count):
-        """Indices at positions start .. start + count of the endless order.  -> (count,) int64"""
-        out = np.empty(count, np.int64)
-        for i in range(count):
-            epoch, where = divmod(start + i, self.n)
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, np.arange(self.n)
-                if self.seed is not None:
-                    np.random.default_rng([self.seed, epoch]).shuffle(self.order)
-            out[i] = self.order[where]
-        return out
+def main() -> None:
+    if sys.argv[1:] == ["--list"]:
+        print(list_sources())
+        return
+    import tyro
+
+    options = tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,))
+    if "/" in options.name or options.name.startswith("."):
+        raise SystemExit(f"--name {options.name} is not a plain folder name")
+    source = import_source(options.source)
+    folder = ROOT / (options.name or source.folder_name(options))
+    if has_data(folder):
+        raise SystemExit(f"{folder} is there already: remove it first, or choose another --name")
+    make(source, folder, options)
 
 
 if __name__ == "__main__":
-    import tyro
-
-    how = tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,))
-    if "/" in how.name or how.name.startswith("."):
-        raise SystemExit(f"--name {how.name} is not a plain folder name")
-    source = import_source(how.source)
-    folder = ROOT / (how.name or source.folder_name(how))
-    if (folder / "meta.json").exists():
-        raise SystemExit(f"{folder} is there already: remove it first, or choose another --name")
-    make(source, folder, how)
+    main()

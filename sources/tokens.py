@@ -1,102 +1,182 @@
-"""Finished tokens: a safetensors file with `indices` (n, *grid) and `labels` (n,), beside a *_metadata.json.
+"""Finished tokens: a safetensors file with `indices` (n, *grid) and `labels` (n,).
 
 python data.py tokens --file F.safetensors --name imagenet [--vocab V] [--tokenizer cosmos_di8x8]
+
+If a *_metadata.json lies beside the file, its total_samples must agree.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 MAKES_ITSELF = False
-CODES = {"cosmos_di8x8": 8 * 8 * 8 * 5 * 5 * 5, "cosmos_di16x16": 8 * 8 * 8 * 5 * 5 * 5}    # ids a tokenizer can write
-N_VAL, SPLIT_SEED = 10_000, 0
+CODEBOOK_SIZES = {      # ids that a tokenizer can produce
+    "cosmos_di8x8": 8 * 8 * 8 * 5 * 5 * 5,
+    "cosmos_di16x16": 8 * 8 * 8 * 5 * 5 * 5,
+}
+N_VAL = 10_000          # at most, of a tenth
+SPLIT_SEED = 0
 CHUNK = 2**22           # tokens read at a time
-MAX_IDS, MAX_CLASSES = 2**31, 2**20
+MAX_IDS = 2**31
+MAX_CLASSES = 2**20
 
 
-def folder_name(how):
-    return Path(how.file).stem or "tokens"
+class Contents(NamedTuple):
+    """What one pass over a token file finds."""
+    n: int                      # sequences
+    grid: tuple[int, ...]
+    max_id: int
+    n_classes: int
 
 
-def make(how):
-    """-> meta, chunks (split, tokens (m, *grid), labels (m,)); the file is read twice, never whole"""
-    if how.tokenizer and how.tokenizer not in CODES:
-        raise SystemExit(f"tokenizer {how.tokenizer} is not one of {', '.join(CODES)}")
-    path = Path(how.file)
-    if not how.file or not path.is_file():
-        raise SystemExit(f"no file {how.file!r}: name the tokens with --file F.safetensors")
-    top, n_labels, n, grid = 0, 0, 0, None
-    for start, tokens, labels in read(path):
+def folder_name(options) -> str:
+    return Path(options.file).stem or "tokens"
+
+
+def make(options) -> tuple[dict, Iterable]:
+    """Check the file in a first pass, split it in a second; it is never in memory as a whole.
+
+    ->  meta, chunks (split, tokens (m, *grid), labels (m,))
+    """
+    if options.tokenizer and options.tokenizer not in CODEBOOK_SIZES:
+        known = ", ".join(CODEBOOK_SIZES)
+        raise SystemExit(f"tokenizer {options.tokenizer} is not one of {known}")
+    path = Path(options.file)
+    if not options.file or not path.is_file():
+        raise SystemExit(f"no file {options.file!r}: name the tokens with --file F.safetensors")
+    contents = scan(path, options.vocab or MAX_IDS)
+    check_count(path, contents.n)
+    warn_about_ids(path, contents.max_id, options)
+    meta = {
+        "name": options.name or path.stem,
+        "vocab": options.vocab or max(2, contents.max_id + 1),
+        "grid": list(contents.grid),
+        "n_classes": contents.n_classes,
+        "class_names": [str(label) for label in range(contents.n_classes)],
+        "palette": "any",
+        "given": [],
+    }
+    return meta, split_chunks(path, held_out(contents.n))
+
+
+def scan(path: Path, vocab: int) -> Contents:
+    """Read the whole file and check that every token and label is in range."""
+    n = 0
+    max_id = 0
+    n_classes = 0
+    grid = None
+    for start, tokens, labels in read_chunks(path):
         rows = tokens.reshape(len(tokens), -1)
-        for what, values, limit in [("token", rows.min(1), how.vocab or MAX_IDS),
-                                    ("token", rows.max(1), how.vocab or MAX_IDS), ("label", labels, MAX_CLASSES)]:
-            is_bad = (values < 0) | (values >= limit)
-            if is_bad.any():
-                bad = int(np.argmax(is_bad))
-                raise SystemExit(f"{path}, row {start + bad}: {what} {values[bad]} is not in [0, {limit})")
-        top, n_labels, n = max(top, int(tokens.max())), max(n_labels, int(labels.max()) + 1), n + len(labels)
+        check_range(path, start, "token", rows.min(1), vocab)
+        check_range(path, start, "token", rows.max(1), vocab)
+        check_range(path, start, "label", labels, MAX_CLASSES)
+        n += len(labels)
+        max_id = max(max_id, int(tokens.max()))
+        n_classes = max(n_classes, int(labels.max()) + 1)
         grid = tokens.shape[1:]
     if grid is None:
         raise SystemExit(f"{path} holds no sequences")
-    said = total_samples(path)
-    if said not in (None, n):
-        raise SystemExit(f"{path} holds {n} sequences, its metadata says {said}")
+    return Contents(n, grid, max_id, n_classes)
+
+
+def check_range(path: Path, start: int, kind: str, values: np.ndarray, limit: int) -> None:
+    """Require 0 <= values < limit.  values (m,) of rows start .. start + m - 1"""
+    is_bad = (values < 0) | (values >= limit)
+    if is_bad.any():
+        bad = int(np.argmax(is_bad))
+        raise SystemExit(f"{path}, row {start + bad}: {kind} {values[bad]} is not in [0, {limit})")
+
+
+def check_count(path: Path, n: int) -> None:
+    """Require as many sequences as the metadata says, and two at least."""
+    total = total_samples(path)
+    if total is not None and total != n:
+        raise SystemExit(f"{path} holds {n} sequences, its metadata says {total}")
     if n < 2:
         raise SystemExit(f"{path}: one sequence is too few, one of them is held out")
-    possible = CODES.get(how.tokenizer, top + 1)
-    if top >= possible:
-        print(f"warning: {path} holds id {top}, and {how.tokenizer} writes ids below {possible} only")
-    if how.vocab > possible:
-        print(f"warning: --vocab {how.vocab}, but {how.tokenizer} writes {possible} ids only")
-    meta = dict(name=how.name or path.stem, vocab=how.vocab or max(2, top + 1), grid=list(grid), n_classes=n_labels,
-                class_names=[str(c) for c in range(n_labels)], palette="any", given=[])
+
+
+def warn_about_ids(path: Path, max_id: int, options) -> None:
+    """Warn if the file or --vocab exceeds what the tokenizer can produce."""
+    n_ids = CODEBOOK_SIZES.get(options.tokenizer, max_id + 1)
+    if max_id >= n_ids:
+        print(f"warning: {path} holds id {max_id}, and {options.tokenizer} "
+              f"writes ids below {n_ids} only")
+    if options.vocab > n_ids:
+        print(f"warning: --vocab {options.vocab}, but {options.tokenizer} writes {n_ids} ids only")
+
+
+def held_out(n: int) -> np.ndarray:
+    """Which sequences are held out: a random tenth, N_VAL at most.  ->  (n,) bool"""
+    n_val = min(N_VAL, max(1, n // 10))
+    permutation = np.random.default_rng(SPLIT_SEED).permutation(n)
     is_val = np.zeros(n, bool)
-    is_val[np.random.default_rng(SPLIT_SEED).permutation(n)[:min(N_VAL, max(1, n // 10))]] = True
-    return meta, split(path, is_val)
+    is_val[permutation[:n_val]] = True
+    return is_val
 
 
-def split(path, is_val):
-    for start, tokens, labels in read(path):
-        held = is_val[start:start + len(labels)]
-        for name, rows in [("train", ~held), ("val", held)]:
+def split_chunks(path: Path, is_val: np.ndarray) -> Iterator[tuple]:
+    """Read the file again and split it.  yields (split, tokens (m, *grid), labels (m,))"""
+    for start, tokens, labels in read_chunks(path):
+        is_val_here = is_val[start:start + len(labels)]
+        for split, rows in (("train", ~is_val_here), ("val", is_val_here)):
             if rows.any():
-                yield name, tokens[rows], labels[rows]
+                yield split, tokens[rows], labels[rows]
 
 
-def read(path):
-    """The file in chunks, opened anew for each so that no map of it grows.  yields start, tokens, labels"""
+def read_chunks(path: Path) -> Iterator[tuple]:
+    """The file in order.  yields (first row, tokens (m, *grid), labels (m,))"""
+    start = 0
+    n = 1       # known after the first chunk
+    while start < n:
+        n, tokens, labels = read_chunk(path, start)
+        if tokens.dtype.kind not in "iu" or labels.dtype.kind not in "iu":
+            raise SystemExit(f"{path} holds {tokens.dtype} indices and {labels.dtype} labels, "
+                             "not integers")
+        if tokens.size == 0:
+            return
+        if tokens.dtype == np.int16:
+            tokens = tokens.view(np.uint16)     # bit patterns of ids up to 65,535
+        yield start, tokens, labels
+        start += len(tokens)
+
+
+def read_chunk(path: Path, start: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """About CHUNK tokens from a row on.  ->  n of the whole file, tokens (m, *grid), labels (m,)
+
+    The file is opened for each chunk: a memory map that stays open would grow to its full size.
+    """
     from safetensors import safe_open
 
-    start, n = 0, 1
-    while start < n:
-        try:
-            with safe_open(path, "numpy") as file:
-                indices, labels = file.get_slice("indices"), file.get_slice("labels")
-                n, *grid = indices.get_shape()
-                if len(grid) < 1 or labels.get_shape() != [n]:
-                    raise ValueError(f"indices {indices.get_shape()} do not go with labels {labels.get_shape()}")
-                stop = min(n, start + max(1, CHUNK // max(1, int(np.prod(grid)))))
-                x, y = indices[start:stop], labels[start:stop]
-        except Exception as error:                                      # SafetensorError and what spoiled headers raise
-            raise SystemExit(f"{path} cannot be read: {error!r}") from None
-        if x.dtype.kind not in "iu" or y.dtype.kind not in "iu":
-            raise SystemExit(f"{path} holds {x.dtype} indices and {y.dtype} labels, not integers")
-        if x.size == 0:
-            return
-        yield start, x.view(np.uint16) if x.dtype == np.int16 else x, y     # int16: bit patterns of ids to 65,535
-        start = stop
-
-
-def total_samples(path):
-    """What the metadata file beside the tokens says; None where there is none."""
-    found = sorted(path.parent.glob("*_metadata.json"))
-    own = [f for f in found if f.name == f"{path.stem}_metadata.json"] or found
-    if len(own) != 1:
-        print(f"note: no single *_metadata.json beside {path}; its number of sequences is not checked")
-        return None
     try:
-        said = json.loads(own[0].read_text())["total_samples"]
+        with safe_open(path, "numpy") as file:
+            indices = file.get_slice("indices")
+            labels = file.get_slice("labels")
+            n, *grid = indices.get_shape()
+            if len(grid) < 1 or labels.get_shape() != [n]:
+                raise ValueError(f"indices {indices.get_shape()} do not go with "
+                                 f"labels {labels.get_shape()}")
+            n_rows = max(1, CHUNK // max(1, int(np.prod(grid))))
+            stop = min(n, start + n_rows)
+            return n, indices[start:stop], labels[start:stop]
+    except Exception as error:      # SafetensorError, and what corrupt headers raise
+        raise SystemExit(f"{path} cannot be read: {error!r}") from None
+
+
+def total_samples(path: Path) -> int | None:
+    """Number of sequences according to the metadata beside the file, None without metadata."""
+    found = sorted(path.parent.glob("*_metadata.json"))
+    same_stem = [file for file in found if file.name == f"{path.stem}_metadata.json"]
+    candidates = same_stem or found
+    if len(candidates) != 1:
+        print(f"note: no single *_metadata.json beside {path}; "
+              "its number of sequences is not checked")
+        return None
+    metadata = candidates[0]
+    try:
+        return json.loads(metadata.read_text())["total_samples"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise SystemExit(f"{own[0]} cannot be read: it must be JSON with total_samples") from None
-    return said
+        raise SystemExit(f"{metadata} cannot be read: it must be JSON with total_samples") from None
