@@ -1,114 +1,142 @@
-"""Does planning help, at equal network calls?   python experiments/compare.py [train | sample | table] [SEED ...]
+"""Does planning help at an equal number of network calls?
 
-train   configs/digits_{maskd,unid,single}.py with three seeds, equal parameters and steps, into out/compare/
-sample  every sampler that fits, at 8, 16, 32 and 64 NFE, 500 digits each: rows of assets/compare.csv
-table   the README's table and assets/compare.png from that file
-Without a word all three. Finished runs and rows are skipped, so it can be stopped and started again.
+python experiments/compare.py [train | sample | table] [SEED ...]
+
+train   configs/digits.py, digits_uniform.py and digits_single.py with three seeds, equal in
+        parameters and steps, into out/compare/
+sample  every sampler that fits, at 8, 16, 32 and 64 NFE, 500 digits each: assets/compare.csv
+table   the table of that file, and assets/compare.png
+Without a word all three are done. Finished runs and rows are skipped, so the same command resumes.
 """
 
-import csv
-import sys
-from dataclasses import replace
 from pathlib import Path
 
+import common
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import config
 import evaluate
-import runtime
-import train_ddpd
+from support import runtime
 
-CSV = ROOT / "assets" / "compare.csv"
-KINDS, SEEDS, NFE, N_SAMPLES = ("maskd", "unid", "single"), (0, 1, 2), (8, 16, 32, 64), 500
-SAMPLERS = {"maskd": ("ddpd", "ancestral", "confidence", "random", "remdm"), "unid": ("ddpd", "ancestral"),
-            "single": ("ddpd", "ancestral")}
-COLUMNS = {"judge_acc": "judge accuracy", "frechet": "Frechet distance"}
+CONFIGS = {
+    "ddpd-mask": "digits",
+    "ddpd-uniform": "digits_uniform",
+    "ddpd-single": "digits_single",
+}
+SAMPLERS = {
+    "ddpd-mask": ("ddpd", "ancestral", "confidence", "random", "remdm"),
+    "ddpd-uniform": ("ddpd", "ancestral"),
+    "ddpd-single": ("ddpd", "ancestral"),
+}
+STYLES = {"ddpd-mask": "-", "ddpd-uniform": "--", "ddpd-single": ":"}
+SEEDS = [0, 1, 2]
+NFE = (8, 16, 32, 64)
+N_SAMPLES = 500
+QUALITY = {"judge_acc": "judge accuracy", "frechet": "Frechet distance"}
+TABLE = common.Table("compare.csv")
 
 
-def folder(kind, seed):
-    return f"out/compare/{kind}_{seed}"
+def run_folder(method: str, seed: int) -> str:
+    return f"out/compare/{method}_{seed}"
 
 
-def train(seeds):
+def train(seeds: list[int]) -> None:
     for seed in seeds:
-        for kind in KINDS:
-            cfg = config.load(argv=[str(ROOT / "configs" / f"digits_{kind}.py"), "--seed", str(seed), "--out-dir",
-                                    folder(kind, seed)])
-            train_ddpd.main(replace(cfg, eval_interval=0, eval_samples=0))
+        for method, config_name in CONFIGS.items():
+            common.train(config_name, run_folder(method, seed), seed)
 
 
-def rows():
-    return list(csv.DictReader(CSV.read_text().splitlines())) if CSV.exists() else []
-
-
-def sample(seeds):
-    device, flags = runtime.pick_device(), evaluate.Flags(runs=(), n_samples=N_SAMPLES)
+def sample(seeds: list[int]) -> None:
     for seed in seeds:
-        for kind in KINDS:
-            wanted = [(s, nfe) for s in SAMPLERS[kind] for nfe in NFE]
-            done = {(r["sampler"], int(r["calls"])) for r in rows() if r["run"] == folder(kind, seed)}
-            if set(wanted) <= done:
-                continue
-            run = evaluate.Run(folder(kind, seed), device)
-            bits = run.bits()
-            for sampler, nfe in wanted:
-                if (sampler, nfe) not in done:
-                    [row] = evaluate.evaluate(run, sampler, nfe, seed, flags, bits)
-                    evaluate.write_row(CSV, row | {"calls": nfe})
-                    print(f"{kind} {sampler} {nfe} NFE, seed {seed}: {row['judge_acc']:.3f}, {row['frechet']:.3f}",
-                          flush=True)
+        for method in CONFIGS:
+            sample_run(method, seed)
 
 
-def table():
-    """Means over seeds: judge accuracy, Frechet distance."""
-    import matplotlib
+def sample_run(method: str, seed: int) -> None:
+    """The rows of one run that are missing."""
+    folder = run_folder(method, seed)
+    missing = []
+    for sampler in SAMPLERS[method]:
+        for nfe in NFE:
+            if not TABLE.has(run=folder, sampler=sampler, calls=nfe):
+                missing.append((sampler, nfe))
+    if not missing:
+        return
+    judged = evaluate.Judged(folder, runtime.pick_device())
+    flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES)
+    bits = judged.bits()
+    for sampler, nfe in missing:
+        [row] = evaluate.evaluate(judged, sampler, nfe, seed, flags, bits)
+        TABLE.add(row | {"calls": nfe})
+        scores = f"{row['judge_acc']:.3f}, {row['frechet']:.3f}"
+        print(f"{method} {sampler} {nfe} NFE, seed {seed}: {scores}", flush=True)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    print("| training | sampler | seeds | " + " | ".join(f"{nfe} NFE" for nfe in NFE) + " | entropy |")
-    print("|---|---|---|" + "---|" * (len(NFE) + 1))
-    styles = {"maskd": "-", "unid": "--", "single": ":"}
-    for kind in KINDS:
-        for i, sampler in enumerate(SAMPLERS[kind]):
-            cells, lines = [], {column: [] for column in COLUMNS}
-            for nfe in NFE:
-                mine = [r for r in rows() if (r["run"].rsplit("_", 1)[0], r["sampler"], r["calls"])
-                        == (folder(kind, 0)[:-2], sampler, str(nfe))]
-                if not mine:
-                    break
-                value = {c: np.array([float(r[c]) for r in mine]) for c in (*COLUMNS, "entropy")}
-                cells.append(f"{value['judge_acc'].mean():.1%}, {value['frechet'].mean():.2f}")
-                for column, line in lines.items():
-                    line.append(value[column].mean())
-            else:
-                print(f"| {kind} | {sampler} | {len(mine)} | " + " | ".join(cells)
-                      + f" | {value['entropy'].mean():.2f} |")
-                for panel, (column, line) in zip(panels, lines.items(), strict=True):
-                    panel.plot(NFE, line, styles[kind], color=f"C{i}", marker="o", markersize=4,
-                               label=f"{kind}, {sampler}")
-                    panel.set(xscale="log", xlabel="network calls (NFE)", ylabel=COLUMNS[column])
+def rows_of(method: str) -> common.Rows:
+    """The rows of all seeds of a method."""
+    return [row for row in TABLE.rows() if method_of(row) == method]
+
+
+def method_of(row: dict[str, str]) -> str:
+    name = Path(row["run"]).name
+    return name.rsplit("_", 1)[0]
+
+
+def table() -> None:
+    """Print means over seeds of judge accuracy and Frechet distance, and draw them."""
+    figure, panels = common.open_figure(1, 2, width=12, height=4.6)
+    budgets = [f"{nfe} NFE" for nfe in NFE]
+    common.print_header("training", "sampler", "seeds", *budgets, "entropy")
+    for method, samplers in SAMPLERS.items():
+        rows = rows_of(method)
+        for i, sampler in enumerate(samplers):
+            by_nfe = [common.select(rows, sampler=sampler, calls=nfe) for nfe in NFE]
+            if all(by_nfe):
+                print_sampler(method, sampler, by_nfe)
+                draw_sampler(panels, method, sampler, by_nfe, color=f"C{i}")
     for panel in panels:
-        panel.set_xticks(NFE, NFE)
-        panel.minorticks_off()
+        common.set_ticks(panel, NFE)
     panels[1].set_yscale("log")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(ROOT / "assets" / "compare.png", dpi=110)
-    for kind in KINDS:
-        bits = {r["run"]: float(r["bits_per_token"]) for r in rows() if r["run"].startswith(folder(kind, 0)[:-2])}
-        if bits:
-            low, mean, high = min(bits.values()), np.mean([*bits.values()]), max(bits.values())
-            print(f"{kind}: {mean:.3f} bits per token ({len(bits)} seeds, {low:.3f} to {high:.3f})")
+    common.outside_legend(figure, panels[0])
+    common.save_figure(figure, "compare.png")
+    for method in CONFIGS:
+        print_bits(method)
+
+
+def print_sampler(method: str, sampler: str, by_nfe: list[common.Rows]) -> None:
+    """A row of the table; entropy and number of seeds are those of the most calls."""
+    cells = [method, sampler, str(len(by_nfe[-1]))]
+    for rows in by_nfe:
+        accuracy = common.mean(rows, "judge_acc")
+        frechet = common.mean(rows, "frechet")
+        cells.append(f"{accuracy:.1%}, {frechet:.2f}")
+    entropy = common.mean(by_nfe[-1], "entropy")
+    common.print_row([*cells, f"{entropy:.2f}"])
+
+
+def draw_sampler(panels, method: str, sampler: str, by_nfe: list[common.Rows], color: str) -> None:
+    """A line in each panel."""
+    style = dict(linestyle=STYLES[method], color=color, marker="o", markersize=4)
+    for panel, (column, label) in zip(panels, QUALITY.items(), strict=True):
+        means = [common.mean(rows, column) for rows in by_nfe]
+        panel.plot(NFE, means, label=f"{method}, {sampler}", **style)
+        panel.set(xlabel="network calls (NFE)", ylabel=label)
+
+
+def print_bits(method: str) -> None:
+    """Mean and range over seeds of the bits per token."""
+    bits = common.bits_by_run(rows_of(method))
+    if bits:
+        seeds = f"{len(bits)} seeds, {min(bits):.3f} to {max(bits):.3f}"
+        print(f"{method}: {np.mean(bits):.3f} bits per token ({seeds})")
 
 
 if __name__ == "__main__":
-    words = [a for a in sys.argv[1:] if not a.isdigit()]
-    given = [int(a) for a in sys.argv[1:] if a.isdigit()]
-    if set(words) - {"train", "sample", "table"}:
-        raise SystemExit(__doc__.split("\n")[0])
-    for word in words or ("train", "sample", "table"):
-        {"train": train, "sample": sample}[word](given or SEEDS) if word != "table" else table()
+    words = common.read_words(__doc__, "train", "sample", "table")
+    seeds = common.read_numbers() or SEEDS
+    for step in common.choose(words, ("train", "sample", "table")):
+        if step == "train":
+            train(seeds)
+        elif step == "sample":
+            sample(seeds)
+        else:
+            table()

@@ -1,205 +1,362 @@
-"""Rollouts and mazes, judged exactly.   python experiments/forcing.py [train | sample | table] [bounce | maze]
+"""Rollouts of videos and solutions of mazes, judged exactly.
 
-bounce  Diffusion Forcing, full-sequence and next-frame diffusion, two seeds: 6 frames after 2, 62 frames after 2 with
-        and without stabilisation, and context with flipped pixels: assets/forcing_bounce.csv, frames.csv of the runs
-maze    planner and denoiser, GIDD, Diffusion Forcing: success against NFE (assets/forcing_maze.csv); and particle
-        guidance through a wanted cell
-table   prints the rows of the tables and draws assets/forcing_*.png
-Without a word all of it; "compile" trains compiled networks, in about half the time. Finished runs and rows are
-skipped, so it can be stopped and started again.
+python experiments/forcing.py [train | sample | table] [bounce | maze] [compile]
+
+bounce  Diffusion Forcing, full-sequence and next-frame diffusion, two seeds: 6 and 62 frames after
+        2, with and without stabilization, and after frames with flipped pixels:
+        assets/forcing_bounce.csv, and frames.csv of each run
+maze    planner and denoiser, GIDD and Diffusion Forcing, success against NFE; and particles that
+        steer paths through a wanted cell: assets/forcing_maze.csv
+table   the tables of those files, and assets/forcing_*.png
+Without a word all of it is done. "compile" trains compiled networks, in about half the time.
+Finished runs and rows are skipped, so the same command resumes.
 """
 
-import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+import common
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import config
 import evaluate
-import runtime
-import train_ddpd
-from diffusion import processes
+from diffusion.processes import Noise, flip_rate_to_level
+from support import runtime
 
-RUNS = {"bounce": [(f"bounce_{kind}", seed) for seed in (0, 1) for kind in ("forcing", "full", "next")],
-        "maze": [("maze_forcing", 0), ("maze_ddpd", 0), ("maze_gidd", 0), ("maze_forcing", 1),
-                 ("maze_ddpd", 1)]}
+# (config, seed) of each run, in the order of the tables
+RUNS = {
+    "bounce": [
+        ("bounce_forcing", 0),
+        ("bounce_full", 0),
+        ("bounce_next", 0),
+        ("bounce_forcing", 1),
+        ("bounce_full", 1),
+        ("bounce_next", 1),
+    ],
+    "maze": [
+        ("maze_forcing", 0),
+        ("maze_ddpd", 0),
+        ("maze_gidd", 0),
+        ("maze_forcing", 1),
+        ("maze_ddpd", 1),
+    ],
+}
+TABLES = {data: common.Table(f"forcing_{data}.csv") for data in RUNS}
+COLUMNS = {"bounce": ("all_right", "right", "intact"), "maze": ("valid", "shortest", "through")}
+
+# Videos
 LAG = {"bounce_forcing": -1, "bounce_full": 0, "bounce_next": -1}       # as each was trained
-CALLS, MORE, FLIPS = 1, (2, 4), 0.05    # network calls per frame; share of flipped pixels
-PYRAMID = 1                             # lag of rows in between: 7 steps, in twice as many calls
-TEMPERATURE = 0.3                       # flights are certain: what they ask of a sampler is no variety
-FAR, N_FAR = 64, 16                     # frames of a long rollout, and how many of them
-STABILISE = {"bounce_forcing": (0.0, 0.02, 0.05), "bounce_full": (0.0, 0.02), "bounce_next": (0.0, 0.02)}
-SAMPLERS = {"maze_forcing": ("rollout",), "maze_ddpd": ("confidence", "ddpd", "ancestral"), "maze_gidd": ("ancestral",)}
-NFE, N_MAZES = (8, 16, 32, 64), 500
-PARTICLES, STRENGTH, N_GUIDED = 16, 6.0, 60
+NEAR = 8                # frames, the first two of them given
+FAR = 64
+N_FAR = 16              # long rollouts
+CALLS = 1               # network calls per frame
+MORE_CALLS = (2, 4)
+PYRAMID_LAG = 1         # rows in between: 7 steps, in twice as many calls
+FLIPS = 0.05            # share of flipped pixels
+TEMPERATURE = 0.3       # low: the flights are deterministic
+STABILIZATION = {
+    "bounce_forcing": (0.0, 0.02, 0.05),
+    "bounce_full": (0.0, 0.02),
+    "bounce_next": (0.0, 0.02),
+}
+
+# Mazes
+SAMPLERS = {
+    "maze_forcing": ("rollout",),
+    "maze_ddpd": ("confidence", "ddpd", "ancestral"),
+    "maze_gidd": ("ancestral",),
+}
+NFE = (8, 16, 32, 64)
+N_MAZES = 500
+GUIDED_RUN = ("maze_forcing", 0)
+N_GUIDED = 60           # mazes
+GUIDED_STEPS = 32
+PARTICLES = 16          # for each maze
+REWARD_WEIGHT = 6.0
+SELDOM = (0.05, 0.3)    # shares of unguided paths that cross a wanted cell, exclusive
+
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
-def folder(name, seed):
+def run_folder(name: str, seed: int) -> str:
     return f"out/forcing/{name}_{seed}"
 
 
-def train(data):
+def name_of(row: dict[str, str]) -> str:
+    """The config of a row's run."""
+    return Path(row["run"]).name.rsplit("_", 1)[0]
+
+
+def names_of(data: str) -> list[str]:
+    """The configs of all runs, each once."""
+    return list(dict.fromkeys(name for name, _ in RUNS[data]))
+
+
+def train(data: str) -> None:
+    compiled = "compile" in sys.argv
     for name, seed in RUNS[data]:
-        cfg = config.load(argv=[str(ROOT / "configs" / f"{name}.py"), "--seed", str(seed), "--out-dir",
-                                folder(name, seed)])
-        train_ddpd.main(replace(cfg, eval_interval=0, eval_samples=0, compile="compile" in sys.argv))
+        common.train(name, run_folder(name, seed), seed, compiled=compiled)
 
 
-def rows(data):
-    path = ROOT / "assets" / f"forcing_{data}.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+# Sampling
 
 
-def add(data, row, **more):
-    evaluate.write_row(ROOT / "assets" / f"forcing_{data}.csv", row | more)
-    print(*(f"{k} {row[k]}" for k in ("run", "sampler", "nfe", "all_right", "right", "intact", "valid", "shortest")
-            if k in row), more, flush=True)
+class Job(NamedTuple):
+    name: str               # of the row, or of both rows where a sample is corrected afterwards
+    sampler: str
+    nfe: int                # per frame of a video
+    flags: evaluate.Flags
 
 
-def bounce_jobs(name, process, p_uniform, vocab):
-    """(what is asked, sampler, calls per frame, flags) of a run's rows."""
-    lag, told = LAG[name], processes.level_of_flips(FLIPS, vocab, process, p_uniform)
-    near, far = (evaluate.Flags(runs=(), frames=n, lag=lag, temperature=TEMPERATURE) for n in (8, FAR))
-    jobs = [("near", CALLS, near), ("near, temperature 1", CALLS, replace(near, temperature=1.0))]
-    jobs += [(f"far {s}", CALLS, replace(far, stabilise=s, n_samples=N_FAR)) for s in STABILISE[name]]
-    jobs += [("flips", CALLS, replace(near, flips=FLIPS)),
-             ("flips told", CALLS, replace(near, flips=FLIPS, context_level=told))]
+def bounce_jobs(name: str, noise: Noise) -> list[Job]:
+    near = evaluate.Flags(runs=(), frames=NEAR, lag=LAG[name], temperature=TEMPERATURE)
+    far = replace(near, frames=FAR, n_samples=N_FAR)
+    flipped = replace(near, flips=FLIPS)
+    told = replace(flipped, context_level=flip_rate_to_level(FLIPS, noise))
+    jobs = [
+        Job("near", "rollout", CALLS, near),
+        Job("near, temperature 1", "rollout", CALLS, replace(near, temperature=1.0)),
+    ]
+    for level in STABILIZATION[name]:
+        flags = replace(far, stabilization_level=level)
+        jobs.append(Job(f"far {level}", "rollout", CALLS, flags))
+    jobs.append(Job("flips", "rollout", CALLS, flipped))
+    jobs.append(Job("flips told", "rollout", CALLS, told))
     if name == "bounce_forcing":
-        jobs += [(f"near, {calls} calls", calls, near) for calls in MORE]
-        jobs += [("pyramid", MORE[0], replace(near, lag=PYRAMID)), ("together", MORE[0], replace(near, lag=0))]
-    return [(job, "rollout", calls, flags) for job, calls, flags in jobs]
+        for calls in MORE_CALLS:
+            jobs.append(Job(f"near, {calls} calls", "rollout", calls, near))
+        pyramid = replace(near, lag=PYRAMID_LAG)
+        jobs.append(Job("pyramid", "rollout", MORE_CALLS[0], pyramid))
+        jobs.append(Job("together", "rollout", MORE_CALLS[0], replace(near, lag=0)))
+    return jobs
 
 
-def sample(data):
-    device = runtime.pick_device()
+def maze_jobs(name: str, seed: int) -> list[Job]:
+    """All samplers for the first seed, the best alone for the second."""
+    samplers = SAMPLERS[name][:1] if seed else SAMPLERS[name]
+    jobs = []
+    for sampler in samplers:
+        for nfe in NFE:
+            flags = evaluate.Flags(runs=(), n_samples=N_MAZES, correct=nfe)
+            jobs.append(Job(f"{sampler} {nfe}", sampler, nfe, flags))
+    return jobs
+
+
+def sample(data: str) -> None:
     for name, seed in RUNS[data]:
-        has_any = (Path(folder(name, seed)) / "ckpt.pt").exists()
-        run = evaluate.Run(folder(name, seed), device) if has_any else None
-        if not run or run.it < run.cfg["max_iters"]:
-            print(f"{folder(name, seed)} is not trained yet")
-            continue
-        done = {r["job"] for r in rows(data) if r["run"] == run.folder}
-        if data == "bounce":
-            jobs = bounce_jobs(name, run.process, run.p_uniform, run.meta["vocab"])
-        else:
-            jobs = [(f"{s} {nfe}", s, nfe, evaluate.Flags(runs=(), n_samples=N_MAZES, correct=nfe))
-                    for s in SAMPLERS[name][:1 if seed else None] for nfe in NFE]   # a second seed of the best alone
-        if {job for job, *_ in jobs} <= done:
-            continue
-        bits = run.bits()
-        for job, sampler, nfe, flags in jobs:
-            if job not in done:
-                for row in evaluate.evaluate(run, sampler, nfe, seed, flags, bits):
-                    add(data, row, job=job)
-        if (name, seed) == ("maze_forcing", 0) and "particles" not in done:
-            guide(run, bits)
+        judged = open_finished(run_folder(name, seed))
+        if judged:
+            sample_run(data, name, seed, judged)
 
 
-def guide(run, bits):
-    """Particles through a wanted cell, one that unguided paths seldom cross: rows of maze.csv."""
-    path, n_tokens = run.judge.source.PATH, 81
-    real, given, known = run.held_out(N_GUIDED, evaluate.Flags(runs=()))
-    many = [np.repeat(y, PARTICLES, 0) for y in (given, known)]
-    labels, rng = np.zeros(len(many[0]), np.int64), np.random.default_rng(0)
-    options = dict(n_steps=32)
-    free = run.draw("rollout", options, labels, 0, len(labels), *many)[0].reshape(N_GUIDED, PARTICLES, n_tokens)
-    rate = ((free == path) & run.judge.source.score(free.reshape(-1, 9, 9))["valid"].reshape(N_GUIDED, -1, 1)).mean(1)
-    seldom = [np.flatnonzero((0.05 < r) & (r < 0.3)) for r in rate]     # cells on one path in twenty to three
-    wanted = [rng.choice(cells) if len(cells) else -1 for cells in seldom]
-    keep = np.flatnonzero(np.array(wanted) >= 0)
-    cell = torch.from_numpy(np.repeat(np.array(wanted)[keep], PARTICLES))[:, None]
-    rows_kept = (keep[:, None] * PARTICLES + np.arange(PARTICLES)).flatten()
+def open_finished(folder: str) -> evaluate.Judged | None:
+    """A run that has had all its iterations; None for another, by name."""
+    if common.is_started(folder):
+        judged = evaluate.Judged(folder, runtime.pick_device())
+        if judged.run.it >= judged.spec.config["max_iters"]:
+            return judged
+    print(f"{folder} is not trained yet")
+    return None
+
+
+def sample_run(data: str, name: str, seed: int, judged: evaluate.Judged) -> None:
+    """The rows of one run that are missing."""
+    folder = run_folder(name, seed)
+    table = TABLES[data]
+    if data == "bounce":
+        jobs = bounce_jobs(name, judged.spec.noise)
+    else:
+        jobs = maze_jobs(name, seed)
+    missing = [job for job in jobs if not table.has(run=folder, job=job.name)]
+    if missing:
+        bits = judged.bits()
+        for job in missing:
+            rows = evaluate.evaluate(judged, job.sampler, job.nfe, seed, job.flags, bits)
+            for row in rows:
+                add_row(data, row | {"job": job.name})
+    if (name, seed) == GUIDED_RUN and not table.has(run=folder, job="particles"):
+        guide(judged)
+
+
+def add_row(data: str, row: dict) -> None:
+    TABLES[data].add(row)
+    shown = ("run", "job", "sampler", "nfe", *COLUMNS[data])
+    words = [f"{column} {row[column]}" for column in shown if column in row]
+    print(*words, flush=True)
+
+
+# Particles
+
+
+def guide(judged: evaluate.Judged) -> None:
+    """Steer paths through a wanted cell by particles, beside paths that are not steered.
+
+    The wanted cell of a maze is one that its unguided paths seldom cross. Two rows of
+    forcing_maze.csv; the samples are PARTICLES paths for each maze.
+    """
+    path = judged.metrics.source.PATH
+    mazes = judged.held_out(evaluate.Flags(runs=(), n_samples=N_GUIDED))
+    real, known_tokens, known = (np.repeat(y, PARTICLES, axis=0) for y in mazes)
+    free = draw_paths(judged, known_tokens, known, seed=0)
+    is_valid = score(judged, free)["valid"]                             # (mazes * particles,)
+    crosses = (free == path) & is_valid[:, None]
+    rate = crosses.reshape(N_GUIDED, PARTICLES, -1).mean(1)             # (mazes, tokens)
+    wanted = np.repeat(choose_cells(rate), PARTICLES)
+    has_cell = wanted >= 0
+    real = real[has_cell]
+    known_tokens = known_tokens[has_cell]
+    known = known[has_cell]
+    cell = wanted[has_cell][:, None]                                    # (n, 1)
 
     def reward(x):
-        return (x.gather(1, cell) == path)[:, 0].float()
+        at_cell = x.gather(1, torch.from_numpy(cell))
+        return (at_cell == path)[:, 0].float()
 
-    for seed, strength in [(1, 0.0), (1, STRENGTH)]:
-        more = {} if strength == 0 else dict(reward=reward, reward_weight=strength, particles=PARTICLES, n_draws=4)
-        start = [y[rows_kept] for y in many]
-        x = run.draw("rollout", options | more, labels[rows_kept], seed, len(rows_kept), *start)[0]
-        through = (x[np.arange(len(x)), cell[:, 0].numpy()] == path)
-        verdict = run.judge.source.score(x.reshape(-1, 9, 9), real[rows_kept // PARTICLES].reshape(-1, 9, 9))
-        means = dict(through=through & verdict["valid"]) | verdict
-        name = "particles" if more else "rollout"
-        row = dict(run=run.folder, sampler=name, n=len(x), nfe=32, commit=runtime.commit())
-        row |= {k: round(float(v.mean()), 4) for k, v in means.items()}
-        add("maze", row, job="particles" if more else "particles, none")
-
-
-def table(data):
-    print("| run | job | NFE | " + " | ".join(KEYS[data]) + " |\n|---|---|---|" + "---|" * len(KEYS[data]))
-    for name in dict.fromkeys(name for name, _ in RUNS[data]):
-        mine = [r for r in rows(data) if r["run"][:-2] == folder(name, 0)[:-2]]
-        for job, sampler in dict.fromkeys((r["job"], r["sampler"]) for r in mine):
-            at = [r for r in mine if (r["job"], r["sampler"]) == (job, sampler)]
-            means = [np.mean([float(r[k]) for r in at if r.get(k)]) if any(r.get(k) for r in at) else np.nan
-                     for k in ("nfe", *KEYS[data])]
-            print(f"| {name} ({len(at)}) | {job}, {sampler} | {means[0]:.0f} | " + " | ".join(
-                "" if np.isnan(m) else f"{m:.1%}" for m in means[1:]) + " |")
-    picture(data)
+    steering = dict(reward=reward, reward_weight=REWARD_WEIGHT, particles=PARTICLES, n_draws=4)
+    rows = [("particles, none", "rollout", {}), ("particles", "particles", steering)]
+    for job, sampler, options in rows:
+        x = draw_paths(judged, known_tokens, known, seed=1, **options)
+        scores = score(judged, x, real)
+        at_cell = np.take_along_axis(x, cell, axis=1)[:, 0]
+        scores["through"] = (at_cell == path) & scores["valid"]
+        row = dict(run=str(judged.run.folder), sampler=sampler, n=len(x), nfe=GUIDED_STEPS)
+        row["commit"] = runtime.commit()
+        for column, values in scores.items():
+            row[column] = round(float(values.mean()), 4)
+        add_row("maze", row | {"job": job})
 
 
-def curves(data):
-    """Lines of the picture.  -> {panel: {line: (x, y)}}"""
-    out = {}
-    for name in dict.fromkeys(name for name, _ in RUNS[data]):
+def draw_paths(
+    judged: evaluate.Judged, known_tokens: np.ndarray, known: np.ndarray, seed: int, **options
+) -> np.ndarray:
+    """One batch of mazes (n, N) with paths drawn into them."""
+    n = len(known)
+    labels = np.zeros(n, np.int64)
+    options["n_steps"] = GUIDED_STEPS
+    return judged.draw("rollout", options, labels, seed, n, known_tokens, known)[0]
+
+
+def score(judged: evaluate.Judged, x: np.ndarray, real: np.ndarray | None = None) -> dict:
+    """x, real (n, N)  ->  {"valid": (n,) bool, "shortest": (n,) bool}"""
+    to_grid = judged.metrics.on_grid
+    return judged.metrics.source.score(to_grid(x), None if real is None else to_grid(real))
+
+
+def choose_cells(rate: np.ndarray) -> np.ndarray:
+    """A random cell of each maze whose rate of crossings lies in SELDOM; -1 where there is none.
+
+    rate (mazes, tokens)  ->  (mazes,)
+    """
+    rng = np.random.default_rng(0)
+    low, high = SELDOM
+    wanted = np.full(len(rate), -1)
+    for i, rate_of_cell in enumerate(rate):
+        cells = np.flatnonzero((low < rate_of_cell) & (rate_of_cell < high))
+        if len(cells):
+            wanted[i] = rng.choice(cells)
+    return wanted
+
+
+# Tables and figures
+
+
+def table(data: str) -> None:
+    """Print means over seeds, and draw them."""
+    common.print_header("run", "job", "NFE", *COLUMNS[data])
+    for name in names_of(data):
+        rows = [row for row in TABLES[data].rows() if name_of(row) == name]
+        for job, sampler in dict.fromkeys((row["job"], row["sampler"]) for row in rows):
+            mine = common.select(rows, job=job, sampler=sampler)
+            cells = [f"{name} ({len(mine)})", f"{job}, {sampler}"]
+            cells.append(f"{common.mean(mine, 'nfe'):.0f}")
+            cells += [percent(common.mean(mine, column)) for column in COLUMNS[data]]
+            common.print_row(cells)
+    draw(data)
+
+
+def percent(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.1%}"
+
+
+class Line(NamedTuple):
+    name: str               # of the config; lines of one share a color
+    variant: str
+    x: list[float]
+    y: list[float]
+
+
+def bounce_lines(column: str) -> list[Line]:
+    """Means over long rollouts and seeds, against frames."""
+    lines = []
+    for name in names_of("bounce"):
+        rows = []
+        for of_run, seed in RUNS["bounce"]:
+            if of_run == name:
+                rows += common.read_csv(Path(run_folder(name, seed)) / "frames.csv")
+        rows = common.select(rows, n=N_FAR)
+        frames = sorted({int(row["frame"]) for row in rows})
+        for level in STABILIZATION[name]:
+            mine = common.select(rows, stabilization_level=level)
+            means = [common.mean(common.select(mine, frame=frame), column) for frame in frames]
+            lines.append(Line(name, f"stabilization {level:g}", frames, means))
+    return lines
+
+
+def maze_lines(column: str) -> list[Line]:
+    """Means over mazes and seeds, against NFE; without particles, whose rows have no bits."""
+    rows = [row for row in TABLES["maze"].rows() if row["bits_per_token"]]
+    lines = []
+    for name in names_of("maze"):
+        of_run = [row for row in rows if name_of(row) == name]
+        for sampler in dict.fromkeys(row["sampler"] for row in of_run):
+            mine = common.select(of_run, sampler=sampler)
+            points = sorted({(float(row["nfe"]), row["job"]) for row in mine})
+            nfe = [x for x, _ in points]
+            means = [common.mean(common.select(mine, job=job), column) for _, job in points]
+            lines.append(Line(name, sampler, nfe, means))
+    return lines
+
+
+LINES = {"bounce": bounce_lines, "maze": maze_lines}
+X_LABELS = {"bounce": "frame", "maze": "network calls (NFE)"}
+PANELS = {
+    "bounce": {"intact": "sprite intact", "right": "frames exactly right"},
+    "maze": {"valid": "valid paths", "shortest": "shortest paths"},
+}
+
+
+def draw(data: str) -> None:
+    """assets/forcing_bounce.png or forcing_maze.png: a panel for each score."""
+    lines = {column: LINES[data](column) for column in PANELS[data]}
+    is_complete = all(of_panel and all(line.x for line in of_panel) for of_panel in lines.values())
+    if not is_complete:
+        print(f"assets/forcing_{data}.png is not redrawn: rows are missing, or frames.csv of runs")
+        return
+    figure, panels = common.open_figure(1, 2, width=12, height=4.4, sharey=True)
+    for panel, (column, title) in zip(panels, PANELS[data].items(), strict=True):
+        draw_lines(panel, lines[column], marker="o" if data == "maze" else None)
+        panel.set(xlabel=X_LABELS[data], ylabel=f"share of {title}", ylim=(-0.02, 1.02))
         if data == "maze":
-            for sampler in dict.fromkeys(r["sampler"] for r in rows(data) if name in r["run"] and r["bits_per_token"]):
-                mine = [r for r in rows(data) if name in r["run"] and r["sampler"] == sampler and r["bits_per_token"]]
-                at = sorted({(float(r["nfe"]), r["job"]) for r in mine})
-                for key, label in [("valid", "valid paths"), ("shortest", "shortest paths")]:
-                    y = [np.mean([float(r[key]) for r in mine if r["job"] == job]) for _, job in at]
-                    out.setdefault(label, {})[f"{name}, {sampler}"] = [nfe for nfe, _ in at], y
-            continue
-        found = [r for seed in (0, 1) for path in [Path(folder(name, seed)) / "frames.csv"] if path.exists()
-                 for r in csv.DictReader(path.read_text().splitlines())]
-        for stabilise in STABILISE[name]:
-            mine = [r for r in found if r["n"] == str(N_FAR) and float(r["stabilise"]) == stabilise]
-            frames = sorted({int(r["frame"]) for r in mine})
-            for key, label in [("intact", "sprite intact"), ("right", "frames exactly right")]:
-                y = [np.mean([float(r[key]) for r in mine if int(r["frame"]) == f]) for f in frames]
-                out.setdefault(label, {})[f"{name}, stabilise {stabilise:g}"] = frames, y
-    return out
+            common.set_ticks(panel, NFE)
+    common.outside_legend(figure, panels[0])
+    common.save_figure(figure, f"forcing_{data}.png", dpi=100)
 
 
-def picture(data):
-    import matplotlib
+def draw_lines(panel, lines: list[Line], marker: str | None) -> None:
+    """A color for each config, a style for each of its variants."""
+    names = list(dict.fromkeys(line.name for line in lines))
+    for i, name in enumerate(names):
+        variants = [line for line in lines if line.name == name]
+        for j, line in enumerate(variants):
+            style = dict(color=f"C{i}", linestyle=LINE_STYLES[j], marker=marker)
+            panel.plot(line.x, line.y, label=f"{name}, {line.variant}", **style)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = curves(data)
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.4), layout="constrained", sharey=True)
-    for panel, (title, lines) in zip(panels, found.items(), strict=True):
-        names = list(dict.fromkeys(label.split(",")[0] for label in lines))
-        for label, (x, y) in lines.items():
-            name = label.split(",")[0]
-            style = ["-", "--", ":", "-."][[one for one in lines if one.startswith(name)].index(label)]
-            panel.plot(x, y, style, color=f"C{names.index(name)}", marker="o" if len(x) < 9 else None, label=label)
-        panel.set(xlabel={"maze": "network calls (NFE)", "bounce": "frame"}[data], ylabel=f"share of {title}",
-                  ylim=(-0.02, 1.02))
-    if data == "maze":
-        for panel in panels:
-            panel.set_xscale("log")
-            panel.set_xticks(NFE, NFE)
-            panel.minorticks_off()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    figure.savefig(ROOT / "assets" / f"forcing_{data}.png", dpi=100)
-    pyplot.close(figure)
-
-
-KEYS = {"bounce": ("all_right", "right", "intact"), "maze": ("valid", "shortest", "through")}
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if set(words) - {"train", "sample", "table", "compile", *RUNS}:
-        raise SystemExit(__doc__.split("\n")[0])
-    for data in [d for d in RUNS if d in words] or RUNS:
-        for word in [w for w in ("train", "sample", "table") if w in words] or ("train", "sample", "table"):
-            {"train": train, "sample": sample, "table": table}[word](data)
+    steps = {"train": train, "sample": sample, "table": table}
+    words = common.read_words(__doc__, *steps, *RUNS, "compile")
+    for data in common.choose(words, RUNS):
+        for step in common.choose(words, steps):
+            steps[step](data)

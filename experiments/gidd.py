@@ -1,100 +1,126 @@
-"""Does self-correction help, and whom?   python experiments/gidd.py [train | sample | table] [digits | text]
+"""Does self-correction help, and which training does it help?
 
-train   digits with p_uniform 0, 0.1, 0.2 and three seeds; text (data/text) with 0, 0.2, two seeds; DDPD beside them
-sample  at 16, 32 and 64 steps, before and after as many steps of self-correction: rows of assets/gidd_*.csv
-table   the README's tables from those files and assets/compare.csv
-Without a word all of it; "compile" trains compiled networks, in about half the time. Finished runs and rows are
-skipped, so it can be stopped and started again.
+python experiments/gidd.py [train | sample | table] [digits | text] [compile]
+
+train   digits with p_uniform 0, 0.1 and 0.2, three seeds; text (data/text) with 0 and 0.2, two
+        seeds; DDPD beside each
+sample  at 16, 32 and 64 steps, before and after as many of self-correction: assets/gidd_*.csv
+table   the tables of those files
+Without a word all of it is done. "compile" trains compiled networks, in about half the time.
+Finished runs and rows are skipped, so the same command resumes.
 """
 
-import csv
 import sys
-from dataclasses import replace
-from pathlib import Path
 
+import common
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import config
 import evaluate
-import runtime
-import train_ddpd
+from support import runtime
 
-STEPS, N_SAMPLES = (16, 32, 64), {"digits": 250, "text": 100}
+STEPS = (16, 32, 64)
+N_SAMPLES = {"digits": 250, "text": 100}
 SEEDS = {"digits": (0, 1, 2), "text": (0, 1)}
+# What is trained: GIDD with this p_uniform, or DDPD
 KINDS = {"digits": ("0.0", "0.1", "0.2", "ddpd"), "text": ("0.0", "0.2", "ddpd")}
-COLUMNS = {"digits": {"judge_acc": ".1%", "frechet": ".2f", "entropy": ".2f"},
-           "text": {"ngram_bits": ".2f", "words": ".1%", "entropy": ".2f"}}
+# Columns of the table and their formats
+COLUMNS = {
+    "digits": {"judge_acc": ".1%", "frechet": ".2f", "entropy": ".2f"},
+    "text": {"ngram_bits": ".2f", "words": ".1%", "entropy": ".2f"},
+}
+TABLES = {data: common.Table(f"gidd_{data}.csv") for data in SEEDS}
 
 
-def folder(data, kind, seed):
-    is_shared = (data, kind) == ("digits", "ddpd")                      # with experiments/compare.py
-    return f"out/compare/maskd_{seed}" if is_shared else f"out/gidd/{data}_{kind}_{seed}"
+def run_name(data: str, kind: str) -> str:
+    """The folder of a run without its seed."""
+    if (data, kind) == ("digits", "ddpd"):
+        return "out/compare/ddpd-mask"      # the same runs as in compare.py
+    return f"out/gidd/{data}_{kind}"
 
 
-def train(data):
+def train(data: str) -> None:
+    compiled = "compile" in sys.argv
+    for kind in KINDS[data]:
+        config_name, flags = recipe(data, kind)
+        for seed in SEEDS[data]:
+            folder = f"{run_name(data, kind)}_{seed}"
+            common.train(config_name, folder, seed, *flags, compiled=compiled)
+
+
+def recipe(data: str, kind: str) -> tuple[str, list[str]]:
+    """-> name of a config, flags"""
+    if kind != "ddpd":
+        return f"{data}_gidd", ["--p-uniform", kind]
+    if data == "digits":
+        return "digits", []
+    return "text_gidd", ["--method", "ddpd", "--n-layer", "2"]
+
+
+def sample(data: str) -> None:
     for kind in KINDS[data]:
         for seed in SEEDS[data]:
-            flags = ["--p-uniform", kind] if kind != "ddpd" else []
-            flags += ["--method", "ddpd", "--n-layer", "2"] if (data, kind) == ("text", "ddpd") else []
-            name = "digits_maskd" if (data, kind) == ("digits", "ddpd") else f"{data}_gidd"
-            cfg = config.load(argv=[str(ROOT / "configs" / f"{name}.py"), *flags, "--seed", str(seed),
-                                    "--out-dir", folder(data, kind, seed)])
-            train_ddpd.main(replace(cfg, eval_interval=0, eval_samples=0, compile="compile" in sys.argv))
+            sample_run(data, kind, seed)
 
 
-def rows(data):
-    path = ROOT / "assets" / f"gidd_{data}.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+def sample_run(data: str, kind: str, seed: int) -> None:
+    """The rows of one run that are missing."""
+    folder = f"{run_name(data, kind)}_{seed}"
+    if not common.is_started(folder):
+        print(f"{folder} is not trained yet")
+        return
+    table = TABLES[data]
+    missing = [n for n in STEPS if not table.has(run=folder, steps=n)]
+    if not missing:
+        return
+    judged = evaluate.Judged(folder, runtime.pick_device())
+    bits = judged.bits()
+    sampler = "ddpd" if kind == "ddpd" else "ancestral"
+    calls_per_step = 2 if kind == "ddpd" else 1
+    shown = ["run", "sampler", "steps", "nfe", *COLUMNS[data]]
+    for n_steps in missing:
+        flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES[data], correct=n_steps)
+        nfe = n_steps * calls_per_step
+        for row in evaluate.evaluate(judged, sampler, nfe, seed, flags, bits):
+            table.add(row)
+            print(*[row[column] for column in shown], flush=True)
 
 
-def sample(data):
-    device = runtime.pick_device()
+def table(data: str) -> None:
+    """Print means over seeds."""
+    budgets = [f"{n} steps, then corrected" for n in STEPS]
+    common.print_header("noise", "seeds", "bits per token", *budgets)
     for kind in KINDS[data]:
-        for seed in SEEDS[data]:
-            if not (Path(folder(data, kind, seed)) / "ckpt.pt").exists():
-                print(f"{folder(data, kind, seed)} is not trained yet")
-                continue
-            done = {int(r["steps"]) for r in rows(data) if r["run"] == folder(data, kind, seed)}
-            if set(STEPS) <= done:
-                continue
-            run = evaluate.Run(folder(data, kind, seed), device)
-            bits, name = run.bits(), "ddpd" if kind == "ddpd" else "ancestral"
-            for steps in (n for n in STEPS if n not in done):
-                flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES[data], correct=steps)
-                for row in evaluate.evaluate(run, name, 2 * steps if kind == "ddpd" else steps, seed, flags, bits):
-                    evaluate.write_row(ROOT / "assets" / f"gidd_{data}.csv", row)
-                    print(*(row[k] for k in ("run", "sampler", "steps", "nfe", *COLUMNS[data])), flush=True)
-
-
-def table(data):
-    """Means over seeds."""
-    print("| noise | seeds | bits per token | " + " | ".join(f"{n} steps, then corrected" for n in STEPS) + " |")
-    print("|---|---|---|" + "---|" * len(STEPS))
-    for kind in KINDS[data]:
-        mine = [r for r in rows(data) if r["run"][:-1] == folder(data, kind, "")]
-        if not mine:
+        rows = [row for row in TABLES[data].rows() if is_of(row, run_name(data, kind))]
+        if not rows:
             continue
-        bits = {r["run"]: float(r["bits_per_token"]) for r in mine}
-        cells = []
-        for steps in STEPS:
-            stages = []
-            for is_after in (False, True):
-                at = [r for r in mine if int(r["steps"]) == steps and r["sampler"].endswith("+correct") == is_after]
-                if at:
-                    stages.append(", ".join(format(np.mean([float(r[c]) for r in at]), form)
-                                            for c, form in COLUMNS[data].items()))
-            cells.append(" -> ".join(stages))
-        print(f"| {kind} | {len(bits)} | {np.mean([*bits.values()]):.3f} ({min(bits.values()):.3f} to "
-              f"{max(bits.values()):.3f}) | " + " | ".join(cells) + " |")
+        bits = common.bits_by_run(rows)
+        bits_cell = f"{np.mean(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})"
+        cells = [scores(data, common.select(rows, steps=n)) for n in STEPS]
+        common.print_row([kind, str(len(bits)), bits_cell, *cells])
+
+
+def is_of(row: dict[str, str], run: str) -> bool:
+    """Is this a row of the run, with any seed?"""
+    return row["run"].rsplit("_", 1)[0] == run
+
+
+def scores(data: str, rows: common.Rows) -> str:
+    """Mean scores before and after self-correction, in words."""
+    stages = []
+    for is_corrected in (False, True):
+        of_stage = [row for row in rows if row["sampler"].endswith("+correct") == is_corrected]
+        if of_stage:
+            means = [
+                format(common.mean(of_stage, column), form)
+                for column, form in COLUMNS[data].items()
+            ]
+            stages.append(", ".join(means))
+    return " -> ".join(stages)
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if set(words) - {"train", "sample", "table", "compile", *SEEDS}:
-        raise SystemExit(__doc__.split("\n")[0])
-    for data in [d for d in SEEDS if d in words] or SEEDS:
-        for word in [w for w in ("train", "sample", "table") if w in words] or ("train", "sample", "table"):
-            {"train": train, "sample": sample, "table": table}[word](data)
+    steps = {"train": train, "sample": sample, "table": table}
+    words = common.read_words(__doc__, *steps, *SEEDS, "compile")
+    for data in common.choose(words, SEEDS):
+        for step in common.choose(words, steps):
+            steps[step](data)

@@ -1,95 +1,114 @@
-"""Does a learning rate transfer across widths?   python experiments/mup.py coords      python experiments/mup.py basin
+"""Does a learning rate transfer across widths?
 
-coords  sizes of what flows through both networks after 0 to 10 Adam steps, over widths: flat under muP
-basin   losses of planner and denoiser over learning rates and widths: the best rate stays where it is under muP
-Both write a CSV and a plot into assets/; finished rows are skipped, so either can be stopped and started again.
-Standard parametrization is muP whose base width is the width at hand: one lr for all tensors, nothing scaled.
+python experiments/mup.py coords
+python experiments/mup.py basin [SEED ...]
+
+coords  sizes of activations in both networks after 0 to 10 Adam steps: independent of the width
+        under muP
+basin   losses of planner and denoiser over learning rates and widths: the best rate does not
+        depend on the width under muP
+Both write a CSV file and a plot to assets/. Finished rows are skipped, so the same command resumes.
+The standard parametrization is muP with the base width set to the width: one rate for all tensors.
 """
 
-import csv
+import json
 import shutil
-import sys
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import config
 import data
+import methods
 import model
-import runtime
 import train_ddpd
-from diffusion import objectives
+from support import runtime
+from support.chunked_head import hidden_at_sites, map_logits
 
 BASE = config.Config(image_size=8, n_layer=4, out_dir="out/mup")
+NETS = ("planner", "denoiser")
+TITLES = {"mup": "muP", "standard": "standard"}
+
+# coords
+KINDS = [("fixed", "mup"), ("growing", "mup"), ("fixed", "standard")]  # heads, parametrization
+COORD_WIDTHS = (64, 128, 256, 512, 1024)
+COORD_STEPS = 10
+COORD_SEEDS = (0, 1, 2)
+COORD_BATCH = 8
+COORDS = common.Table("mup_coords.csv")
+
+# basin
 HEAD_DIM = 16
-COORD_WIDTHS, COORD_STEPS, COORD_SEEDS, COORD_BATCH = (64, 128, 256, 512, 1024), 10, (0, 1, 2), 8
-WIDTHS, SEEDS, STEPS = (32, 64, 128, 256), (0, 1), 150
-RATES = {"mup": [2.0**i * 1e-3 for i in range(-2, 4)], "standard": [2.0**i * 1e-3 for i in range(-2, 6)]}
+WIDTHS = (32, 64, 128, 256)
+EDGES = (WIDTHS[0], WIDTHS[-1])     # widths of the standard parametrization
+SEEDS = (0, 1)
+STEPS = 150
+N_LAST = 50                         # iterations in the mean training loss
+RATES = {
+    "mup": [2.0**i * 1e-3 for i in range(-2, 4)],
+    "standard": [2.0**i * 1e-3 for i in range(-2, 6)],
+}
+BASIN = common.Table("mup_basin.csv")
 
 
-class Rows:
-    """A CSV that remembers which rows are finished."""
-
-    def __init__(self, name):
-        self.path = ROOT / "assets" / name
-        self.rows = list(csv.DictReader(self.path.read_text().splitlines())) if self.path.exists() else []
-
-    def has(self, **key):
-        return any(all(row[k] == str(v) for k, v in key.items()) for row in self.rows)
-
-    def add(self, **row):
-        is_new = not self.path.exists()
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append({k: str(v) for k, v in row.items()})
-
-
-def base_width(parametrization, width):
+def base_width(parametrization: str, width: int) -> int:
     return width if parametrization == "standard" else BASE.base_width
 
 
-def coordinates(width, n_head, base_head_dim, parametrization, seed):
-    """Root mean squares after 0 .. COORD_STEPS Adam steps at the default lr.  -> {(net, what, step): rms}"""
-    cfg = replace(BASE, n_embd=width, n_head=n_head, base_head_dim=base_head_dim, seed=seed, batch_size=COORD_BATCH,
-                  base_width=base_width(parametrization, width))
+# Sizes of activations
+
+
+def coords() -> None:
+    for seed in COORD_SEEDS:
+        for width in COORD_WIDTHS:
+            for heads, parametrization in KINDS:
+                key = dict(width=width, head_dim=heads, parametrization=parametrization, seed=seed)
+                if COORDS.has(**key):
+                    continue
+                cfg = coords_config(**key)
+                for (net, what, step), size in coordinates(cfg).items():
+                    COORDS.add(dict(key, net=net, what=what, step=step, rms=f"{size:.4g}"))
+                print(*key.values(), flush=True)
+    plot_coords(COORDS.rows())
+
+
+def coords_config(width: int, head_dim: str, parametrization: str, seed: int) -> config.Config:
+    """head_dim "fixed": heads are 64 wide; "growing": there are 4 of them at every width."""
+    is_fixed = head_dim == "fixed"
+    return replace(
+        BASE,
+        n_embd=width,
+        n_head=width // 64 if is_fixed else 4,
+        base_head_dim=0 if is_fixed else BASE.base_width // 4,
+        base_width=base_width(parametrization, width),
+        batch_size=COORD_BATCH,
+        seed=seed,
+    )
+
+
+def coordinates(cfg: config.Config) -> dict[tuple[str, str, int], float]:
+    """Root mean squares after 0 to COORD_STEPS Adam steps.  -> {(net, what, step): rms}"""
     meta, splits = data.load("digits", 8)
-    torch.manual_seed(seed)
-    nets = model.build(model.shape_of(vars(cfg), meta), "maskd")
-    order, sizes = data.Order(len(splits["train"]), seed), {}
-    plain = model.attend
-    for name, net in nets.items():
-        lr = {"planner": cfg.planner_lr, "denoiser": cfg.denoiser_lr}[name]
-        optimizer = torch.optim.AdamW(model.param_groups(net, lr, cfg.weight_decay), betas=(0.9, 0.95), fused=True)
+    spec = methods.spec_of(asdict(cfg), meta)
+    batches = train_ddpd.Batches(cfg, spec, splits["train"], 1)
+    lrs = {"planner": cfg.planner_lr, "denoiser": cfg.denoiser_lr}
+    torch.manual_seed(cfg.seed)
+    sizes = {}
+    for name, net in methods.build(spec).items():
+        groups = model.param_groups(net, lrs[name], cfg.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         for step in range(COORD_STEPS + 1):
-            task, seen = train_ddpd.draw_tasks(cfg, meta, splits["train"], order, step, 0, 1)[name], {}
-
-            def attend(q, k, v, scale, seen=seen):
-                what = "self" if k.shape[2] == q.shape[2] else "cross"
-                seen.setdefault(f"attention {what}", []).append(rms(q @ k.transpose(-1, -2) * scale))
-                return plain(q, k, v, scale)
-
-            def added(module, args, out, seen=seen, net=net):
-                seen[f"block {list(net.blocks).index(module)}"] = [rms(out - args[0])]
-
-            hooks = [block.register_forward_hook(added) for block in net.blocks]
-            model.attend = attend
+            task = batches.tasks(step, 0)[name]
             with runtime.autocast(torch.device("cpu")):
-                try:
-                    hidden = net.hidden(task.xt, task.t, task.label).flatten(0, 1).index_select(0, task.sites)
-                finally:
-                    model.attend = plain
-                    for hook in hooks:
-                        hook.remove()
+                with recorded_sizes(net) as seen:
+                    hidden = hidden_at_sites(net, task)
                 seen["head"] = [rms(net.logits(hidden))]
-                loss = model.map_logits(net, hidden, objectives.LOSSES[name], task.target).mean()
+                loss = map_logits(net, hidden, task.loss, task.target).mean()
             for what, values in seen.items():
                 sizes[name, what, step] = np.mean(values)
             loss.backward()
@@ -98,142 +117,236 @@ def coordinates(width, n_head, base_head_dim, parametrization, seed):
     return sizes
 
 
-def rms(x):
+@contextmanager
+def recorded_sizes(net: model.Transformer) -> Iterator[dict[str, list[float]]]:
+    """While open, records sizes of the attention logits and of what each block adds.
+
+    yields {what: [rms of each call]}
+    """
+    seen = {}
+    attend = model.attend
+    model.attend = recording_attend(attend, seen)
+    hooks = []
+    for i, block in enumerate(net.blocks):
+        hooks.append(block.register_forward_hook(recording_hook(f"block {i}", seen)))
+    try:
+        yield seen
+    finally:
+        model.attend = attend
+        for hook in hooks:
+            hook.remove()
+
+
+def recording_attend(attend: Callable, seen: dict[str, list[float]]) -> Callable:
+    """model.attend, which also records the size of the attention logits."""
+
+    def recording(q, k, v, scale):
+        is_self = k.shape[2] == q.shape[2]
+        logits = q @ k.transpose(-1, -2) * scale
+        what = "attention self" if is_self else "attention cross"
+        seen.setdefault(what, []).append(rms(logits))
+        return attend(q, k, v, scale)
+
+    return recording
+
+
+def recording_hook(what: str, seen: dict[str, list[float]]) -> Callable:
+    """A hook that records the size of what a block adds to the residual."""
+
+    def record(block, args, out):
+        seen[what] = [rms(out - args[0])]
+
+    return record
+
+
+def rms(x: torch.Tensor) -> float:
     return x.detach().float().square().mean().sqrt().item()
 
 
-def coords():
-    rows = Rows("mup_coords.csv")
-    for seed in COORD_SEEDS:
-        for width in COORD_WIDTHS:
-            for heads, parametrization in [("fixed", "mup"), ("growing", "mup"), ("fixed", "standard")]:
-                if rows.has(width=width, head_dim=heads, parametrization=parametrization, seed=seed):
-                    continue
-                n_head, base_head_dim = (width // 64, 0) if heads == "fixed" else (4, BASE.base_width // 4)
-                for (net, what, step), size in coordinates(width, n_head, base_head_dim, parametrization, seed).items():
-                    rows.add(width=width, head_dim=heads, parametrization=parametrization, seed=seed, net=net,
-                             what=what, step=step, rms=f"{size:.4g}")
-                print(width, heads, parametrization, seed, flush=True)
-    plot_coords(rows.rows)
-
-
-def plot_coords(rows):
-    """One panel per kind of run and network: size against width after the last step, and how far it is from flat."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kinds = [("fixed", "mup"), ("growing", "mup"), ("fixed", "standard")]
-    figure, panels = pyplot.subplots(2, 3, figsize=(12, 6.4), sharex=True, sharey="row", layout="constrained")
-    for column, (heads, parametrization) in enumerate(kinds):
-        for panel, net in zip(panels[:, column], ("planner", "denoiser"), strict=True):
-            mine = [r for r in rows if (r["head_dim"], r["parametrization"], r["net"]) == (heads, parametrization, net)]
-            worst = {"attention logits": 1.0, "blocks and head": 1.0}
-            for what in sorted({r["what"] for r in mine}):
-                for step in range(COORD_STEPS + 1):
-                    size = [np.mean([float(r["rms"]) for r in mine if (r["what"], r["step"], r["width"])
-                                     == (what, str(step), str(width))]) for width in COORD_WIDTHS]
-                    if min(size) > 0:
-                        group = "attention logits" if what.startswith("attention") else "blocks and head"
-                        worst[group] = max(worst[group], max(size[1:]) / min(size[1:]))
-                if min(size) > 0:
-                    panel.plot(COORD_WIDTHS, size, marker="o", markersize=3, label=what)
-            title = "muP" if parametrization == "mup" else "standard"
-            panel.set(xscale="log", yscale="log", xticks=COORD_WIDTHS, xticklabels=COORD_WIDTHS,
-                      title=f"{net}, {title}, head_dim {heads}\n"
-                            f"largest ratio over widths 128 to 1024: {max(worst.values()):.2f}")
-            panel.minorticks_off()
-            print(f"{net}, {title}, head_dim {heads}: largest ratio "
-                  + ", ".join(f"{ratio:.2f} of {group}" for group, ratio in worst.items()))
+def plot_coords(rows: common.Rows) -> None:
+    """Size against width after the last step, a panel for each network and kind of run."""
+    options = dict(sharex=True, sharey="row")
+    figure, panels = common.open_figure(2, 3, width=12, height=6.4, **options)
+    for column, (heads, parametrization) in enumerate(KINDS):
+        of_kind = common.select(rows, head_dim=heads, parametrization=parametrization)
+        for panel, net in zip(panels[:, column], NETS, strict=True):
+            sizes = mean_sizes(common.select(of_kind, net=net))
+            draw_sizes(panel, sizes)
+            ratios = largest_ratios(sizes)
+            title = f"{net}, {TITLES[parametrization]}, head_dim {heads}"
+            ratio = f"largest ratio over widths 128 to 1024: {max(ratios.values()):.2f}"
+            panel.set_title(f"{title}\n{ratio}")
+            words = [f"{ratio:.2f} of {group}" for group, ratio in ratios.items()]
+            print(f"{title}: largest ratio {', '.join(words)}")
     for panel in panels[-1]:
         panel.set_xlabel("width")
     for panel in panels[:, 0]:
         panel.set_ylabel(f"root mean square after {COORD_STEPS} steps")
     panels[0, 0].legend(fontsize=7, ncols=2)
-    figure.savefig(ROOT / "assets" / "mup_coords.png", dpi=110)
+    common.save_figure(figure, "mup_coords.png")
 
 
-def basin(seeds=SEEDS):
-    rows = Rows("mup_basin.csv")
-    grid = [("mup", width) for width in WIDTHS] + [("standard", WIDTHS[0]), ("standard", WIDTHS[-1])]
+def mean_sizes(rows: common.Rows) -> dict[tuple[str, int], list[float]]:
+    """Means over seeds.  -> {(what, step): size at each width}"""
+    values = {}
+    for row in rows:
+        key = (row["what"], int(row["step"]), int(row["width"]))
+        values.setdefault(key, []).append(float(row["rms"]))
+    sizes = {}
+    for what in sorted({row["what"] for row in rows}):
+        for step in range(COORD_STEPS + 1):
+            sizes[what, step] = [np.mean(values[what, step, width]) for width in COORD_WIDTHS]
+    return sizes
+
+
+def draw_sizes(panel, sizes: dict[tuple[str, int], list[float]]) -> None:
+    """A line for each kind of activation after the last step."""
+    for (what, step), size in sizes.items():
+        if step == COORD_STEPS and min(size) > 0:
+            panel.plot(COORD_WIDTHS, size, marker="o", markersize=3, label=what)
+    panel.set_yscale("log")
+    common.set_ticks(panel, COORD_WIDTHS)
+
+
+def largest_ratios(sizes: dict[tuple[str, int], list[float]]) -> dict[str, float]:
+    """How far from independent of the width, at any step, leaving out the narrowest networks."""
+    ratios = {"attention logits": 1.0, "blocks and head": 1.0}
+    for (what, _), size in sizes.items():
+        if min(size) > 0:
+            is_attention = what.startswith("attention")
+            group = "attention logits" if is_attention else "blocks and head"
+            ratios[group] = max(ratios[group], max(size[1:]) / min(size[1:]))
+    return ratios
+
+
+# Losses over learning rates
+
+
+def basin(seeds: tuple[int, ...] = SEEDS) -> None:
+    grid = [("mup", width) for width in WIDTHS]
+    grid += [("standard", width) for width in EDGES]
     for seed in seeds:
         for parametrization, width in grid:
             for lr in RATES[parametrization]:
-                if rows.has(parametrization=parametrization, width=width, lr=lr, seed=seed):
-                    continue
-                out = Path(f"out/mup/{parametrization}_{width}_{lr}_{seed}")
-                shutil.rmtree(out, ignore_errors=True)
-                cfg = replace(BASE, n_embd=width, n_head=width // HEAD_DIM, planner_lr=lr, denoiser_lr=lr, seed=seed,
-                              base_width=base_width(parametrization, width), max_iters=STEPS, warmup_iters=20,
-                              eval_interval=0, save_interval=0, out_dir=str(out))
                 key = dict(parametrization=parametrization, width=width, lr=lr, seed=seed)
-                rows.add(**key, **losses(cfg), commit=runtime.commit())
-                print(rows.rows[-1], flush=True)
-                shutil.rmtree(out, ignore_errors=True)
-    plot_basin(Rows("mup_basin.csv").rows)                              # with those of a process that ran other seeds
+                if not BASIN.has(**key):
+                    row = key | train_at(**key)
+                    BASIN.add(row)
+                    print(row, flush=True)
+    plot_basin(BASIN.rows())
 
 
-def losses(cfg):
-    """Training loss on fresh noise (mean of the last 50 iterations) and validation loss; inf: diverged."""
-    import json
+def train_at(parametrization: str, width: int, lr: float, seed: int) -> dict[str, float | str]:
+    """Train in a folder that is removed.  -> {NET_train and NET_val: nats, commit}"""
+    folder = Path(f"out/mup/{parametrization}_{width}_{lr}_{seed}")
+    cfg = replace(
+        BASE,
+        n_embd=width,
+        n_head=width // HEAD_DIM,
+        base_width=base_width(parametrization, width),
+        planner_lr=lr,
+        denoiser_lr=lr,
+        max_iters=STEPS,
+        warmup_iters=20,
+        eval_interval=0,
+        save_interval=0,
+        seed=seed,
+        out_dir=str(folder),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    losses = losses_of(cfg)
+    shutil.rmtree(folder, ignore_errors=True)
+    return losses | {"commit": runtime.commit()}
 
+
+def losses_of(cfg: config.Config) -> dict[str, float]:
+    """Training loss (mean of the last N_LAST iterations) and validation loss; inf: diverged."""
     try:
         train_ddpd.main(cfg)
     except SystemExit as error:
         if "not finite" not in str(error):
             raise
-        return {f"{net}_{part}": np.inf for net in ("planner", "denoiser") for part in ("train", "val")}
-    log = [json.loads(line) for line in (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines()]
-    steps, last = [row for row in log if "planner_loss" in row and row["it"] > STEPS - 50], log[-1]
-    return dict(planner_train=round(np.mean([r["planner_loss"] for r in steps]), 5),
-                denoiser_train=round(np.mean([r["denoiser_loss"] for r in steps]), 5),
-                planner_val=last["val_planner_bce"], denoiser_val=last["val_denoiser_ce"])
+        return {f"{net}_{part}": np.inf for net in NETS for part in ("train", "val")}
+    lines = (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    last = [row for row in log if "planner_loss" in row and row["it"] > STEPS - N_LAST]
+    means = {}
+    for net in NETS:
+        mean = float(np.mean([row[f"{net}_loss"] for row in last]))
+        means[f"{net}_train"] = round(mean, 5)
+    validation = log[-1]
+    means["planner_val"] = validation["val_planner_bce"]
+    means["denoiser_val"] = validation["val_denoiser_ce"]
+    return means
 
 
-def plot_basin(rows):
-    """Training and validation loss against learning rate, a line per width; prints the best rate of each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7.4), sharex=True, layout="constrained")
-    for row, part in enumerate(("train", "val")):
-        for panel, net in zip(panels[row], ("planner", "denoiser"), strict=True):
-            for parametrization, widths, style in [("mup", WIDTHS, "-"), ("standard", (WIDTHS[0], WIDTHS[-1]), "--")]:
-                rates = RATES[parametrization]
-                for width in widths:
-                    key = dict(parametrization=parametrization, width=str(width))
-                    mine = [r for r in rows if all(r[k] == v for k, v in key.items())]
-                    loss = {(r["lr"], r["seed"]): float(r[f"{net}_{part}"]) for r in mine}
-                    whole = [s for s in SEEDS if all((str(lr), str(s)) in loss for lr in rates)]
-                    by_seed = np.array([[loss[str(lr), str(seed)] for lr in rates] for seed in whole])
-                    if not whole:
-                        continue
-                    mean, best = by_seed.mean(0), int(by_seed.mean(0).argmin())
-                    shade = pyplot.get_cmap("viridis")(0.85 - 0.8 * WIDTHS.index(width) / (len(WIDTHS) - 1))
-                    name = "muP" if parametrization == "mup" else "standard"
-                    panel.plot(rates, mean, style, color=shade, marker="o", markersize=3, label=f"{name}, {width}")
-                    panel.plot(rates[best], mean[best], "*", color=shade, markersize=13)
-                    print(f"{part:>5} {net:>8} {name:>8} width {width:>4}: best lr {rates[best]:.2g}, "
-                          f"loss {mean[best]:.4f}, {len(whole)} seeds differ by {np.ptp(by_seed[:, best]):.4f}")
-            span = 0.05 if net == "planner" else 0.3
-            low = np.nanmin([line.get_ydata().min() for line in panel.lines])
-            panel.set(xscale="log", title=f"{net}, {'training, fresh noise' if part == 'train' else 'validation'}",
-                      ylabel="nats per token", ylim=(low - span / 15, low + span))
-            panel.set_xticks(RATES["standard"], [f"{1000 * lr:g}" for lr in RATES["standard"]])
+def plot_basin(rows: common.Rows) -> None:
+    """Loss against learning rate, a line for each width; prints the best rate of each."""
+    figure, panels = common.open_figure(2, 2, width=10, height=7.4, sharex=True)
+    parts = {"train": "training, fresh noise", "val": "validation"}
+    for row_of_panels, (part, title) in zip(panels, parts.items(), strict=True):
+        for panel, net in zip(row_of_panels, NETS, strict=True):
+            for width in WIDTHS:
+                draw_basin(panel, rows, "mup", width, net, part)
+            for width in EDGES:
+                draw_basin(panel, rows, "standard", width, net, part)
+            panel.set(title=f"{net}, {title}", ylabel="nats per token", ylim=y_range(panel, net))
+            rates = RATES["standard"]
+            panel.set_xscale("log")
+            panel.set_xticks(rates, [f"{1000 * lr:g}" for lr in rates])
             panel.minorticks_off()
     for panel in panels[-1]:
-        panel.set_xlabel(f"lr / 1e-3: at base width {BASE.base_width} (muP), of every tensor (standard)")
+        base = f"at base width {BASE.base_width} (muP), of every tensor (standard)"
+        panel.set_xlabel(f"lr / 1e-3: {base}")
     panels[0, 0].legend(fontsize=8)
-    figure.savefig(ROOT / "assets" / "mup_basin.png", dpi=110)
+    common.save_figure(figure, "mup_basin.png")
+
+
+def draw_basin(
+    panel, rows: common.Rows, parametrization: str, width: int, net: str, part: str
+) -> None:
+    """Mean over the seeds that have all rates, with a star at the best rate."""
+    from matplotlib import pyplot
+
+    rates = RATES[parametrization]
+    mine = common.select(rows, parametrization=parametrization, width=width)
+    by_key = {(row["lr"], row["seed"]): float(row[f"{net}_{part}"]) for row in mine}
+    by_seed = []
+    for seed in SEEDS:
+        keys = [(str(lr), str(seed)) for lr in rates]
+        if all(key in by_key for key in keys):
+            by_seed.append([by_key[key] for key in keys])
+    if not by_seed:
+        return
+    losses = np.array(by_seed)                                          # (seeds, rates)
+    mean = losses.mean(0)
+    best = int(mean.argmin())
+    spread = np.ptp(losses[:, best])
+    name = TITLES[parametrization]
+    line = "-" if parametrization == "mup" else "--"
+    darkness = WIDTHS.index(width) / (len(WIDTHS) - 1)
+    color = pyplot.get_cmap("viridis")(0.85 - 0.8 * darkness)
+    style = dict(color=color, marker="o", markersize=3, label=f"{name}, {width}")
+    panel.plot(rates, mean, line, **style)
+    panel.plot(rates[best], mean[best], "*", color=color, markersize=13)
+    print(
+        f"{part:>5} {net:>8} {name:>8} width {width:>4}: best lr {rates[best]:.2g}, "
+        f"loss {mean[best]:.4f}, {len(by_seed)} seeds differ by {spread:.4f}"
+    )
+
+
+def y_range(panel, net: str) -> tuple[float, float]:
+    """From just below the lowest loss, a range that fits the network."""
+    low = np.nanmin([line.get_ydata().min() for line in panel.lines])
+    span = 0.05 if net == "planner" else 0.3
+    return low - span / 15, low + span
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["coords"]:
+    words = common.read_words(__doc__, "coords", "basin")
+    if words == ["coords"]:
         coords()
-    elif sys.argv[1:2] == ["basin"] and all(seed.isdigit() for seed in sys.argv[2:]):
-        basin(tuple(map(int, sys.argv[2:])) or SEEDS)
+    elif words == ["basin"]:
+        basin(tuple(common.read_numbers()) or SEEDS)
     else:
-        raise SystemExit("python experiments/mup.py coords      python experiments/mup.py basin [SEED ...]")
+        raise SystemExit(__doc__)
