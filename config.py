@@ -1,207 +1,407 @@
-"""One frozen dataclass and one load().   defaults < config files, left to right < flags"""
+"""The flags of every script: dataclasses, read by load().   defaults < config files, left to right
+< flags
+
+The comment beside a field is its --help. Off is 0 or "".
+"""
 
 import ast
 import difflib
+import math
 import sys
 import typing
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, make_dataclass, replace
+from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-# The comment beside a field is its --help. Off is 0 or "".
+CONFIGS = Path(__file__).parent / "configs"
+CONTEXT_FRAMES = 2      # of a held-out video, which its sample goes on from
+
+
+class Bound(NamedTuple):
+    low: float
+    high: float = math.inf
+
+
+Positive = Annotated[int, Bound(1)]
+NotNegative = Annotated[int, Bound(0)]
+NotNegativeFloat = Annotated[float, Bound(0)]
+Share = Annotated[float, Bound(0, 1)]
+
+
+# Training, in the groups of --help
 
 
 @dataclass(frozen=True)
-class Config:
-    """Train a planner and a denoiser.   python train_ddpd.py [configs/NAME.py ...] [--flags]
-
-    One process, or as many as torchrun starts. The same command again goes on where the run stopped.
-    """
-    method: Literal["ddpd", "gidd", "forcing"] = "ddpd"     # arXiv:2410.06264, 2503.04482, 2407.01392
-    nets: Literal["pair", "single"] = "pair"    # planner and denoiser, or one uniform denoiser that serves as both
-    denoiser_process: Literal["mask", "uniform"] = "mask"   # what the denoiser's noise tokens look like
-
-    p_uniform: float = 0.1                  # gidd, forcing: uniform noise at t = 1/2, the rest masks; 0: masks only
-    weight: Literal["dynamic", "clip", "elbo", "none"] = "dynamic"  # gidd, forcing: of a token's loss; none: plain CE
-    clean_share: float = 1.0                # gidd, forcing: share of clean tokens that enter the loss, weighted up
-    process: Literal["hybrid", "uniform", "mask"] = "hybrid"    # forcing: what its noise is
-    level_group: Literal["frame", "token", "shared", "next"] = "frame"  # forcing: what has a noise level of its own
-    staircase_share: float = 0.25           # forcing: share of levels as a rollout asks for them, not independent
-    context: int = 0                        # forcing: frames that every rollout is given, at least
-    causal: bool = False                    # a frame attends to itself and those before it only
-
+class DataOptions:
+    """What the tokens are."""
     data: str = "digits"                    # one of sources/, or a folder under data/
-    image_size: int = 32                    # tokens per side, where a source makes them
-    levels: int = 0                         # grey levels (the vocabulary), where a source makes tokens; 0: its own
-    vocab: int = 0                          # ids the data must have; 0: as it says. With grid, --dry-run needs no data
-    grid: tuple[int, ...] = ()              # tokens per axis the data must have; (): as it says
-    n_classes: int = 0                      # classes the data must have, where vocab is stated
+    image_size: Positive = 32               # tokens per side, where a source makes them
+    grey_levels: NotNegative = 0            # vocabulary, where a source makes tokens; 0: its own
+    vocab: NotNegative = 0                  # ids the data must have; 0: any
+    grid: tuple[int, ...] = ()              # tokens per axis the data must have; (): any
+    n_classes: NotNegative = 0              # classes the data must have, where vocab is stated
 
-    n_layer: int = 6                        # blocks
-    n_head: int = 4                         # heads; they divide n_embd
-    n_embd: int = 512                       # width of the residual
-    base_width: int = 512                   # muP: the width at which every tensor trains at the lr given here
-    base_head_dim: int = 0                  # muP: head width at base_width, if heads widen with n_embd; 0: they do not
 
-    batch_size: int = 32                    # sequences per process and micro-step
-    grad_accumulation_steps: int = 1        # micro-steps per iteration
-    max_iters: int = 2000                   # iterations (optimizer steps)
-    planner_lr: float = 1e-3                # Adam lr of the planner at base_width
-    denoiser_lr: float = 2e-3               # Adam lr of the denoiser at base_width
-    warmup_iters: int = 50                  # iterations of linear warm-up
-    lr_decay_iters: int = 0                 # iterations of the cosine down to a tenth of the lr; 0: max_iters
-    weight_decay: float = 0.01              # AdamW, on matrices only
-    grad_clip: float = 1.0                  # largest gradient norm of each network; 0: unclipped
-    label_dropout: float = 0.1              # share of labels replaced by the null class, for guidance
-    ema_decay: float = 0.999                # decay per iteration of the averaged weights, after their warm-up
-    overfit: int = 0                        # train on this many sequences only; 0: on all
-    overfit_noise: Literal["fixed", "fresh"] = "fixed"  # fixed: losses go to near 0; fresh: to the floors printed
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Planner and denoiser have the same shape."""
+    n_layer: Positive = 6                   # blocks
+    n_head: Positive = 4                    # heads; they divide n_embd
+    n_embd: Positive = 512                  # width of the residual
+    base_width: Positive = 512              # muP: the width at which each tensor trains at the lr
+    base_head_dim: NotNegative = 0          # muP: head width at base_width; 0: the same everywhere
+    causal: bool = False                    # videos: a frame sees itself and those before it
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """AdamW on batches of batch_size * grad_accumulation_steps * processes sequences."""
+    batch_size: Positive = 32               # sequences per process and micro-step
+    grad_accumulation_steps: Positive = 1   # micro-steps per iteration
+    max_iters: Positive = 2000              # iterations (optimizer steps)
+    planner_lr: NotNegativeFloat = 1e-3     # Adam lr of the planner at base_width
+    denoiser_lr: NotNegativeFloat = 2e-3    # Adam lr of the denoiser at base_width
+    warmup_iters: NotNegative = 50          # iterations of linear warm-up
+    lr_decay_iters: NotNegative = 0         # iterations of the cosine to a tenth; 0: max_iters
+    weight_decay: NotNegativeFloat = 0.01   # on matrices only
+    grad_clip: NotNegativeFloat = 1.0       # largest gradient norm of each network; 0: unclipped
+    label_dropout: Share = 0.1              # share of labels made the null class, for guidance
+    ema_decay: Share = 0.999                # of the averaged weights per iteration, after a warm-up
+    overfit: NotNegative = 0                # train on this many sequences only; 0: on all
+    # fixed: the same noise every time, losses go to near 0; fresh: they go to the floors printed
+    overfit_noise: Literal["fixed", "fresh"] = "fixed"
     init_from: str = ""                     # run whose averaged weights a new run starts from
 
-    seed: int = 0                           # of weights, data order, noise and label dropout
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; auto: bfloat16 where the device has it
-    compile: bool = False                   # torch.compile both networks
-    dry_run: bool = False                   # print parameters, memory and time per iteration, and train nothing
-    out_dir: str = ""                       # the run's folder; "": out/<stem of the last config file> or out/default
-    log_interval: int = 10                  # iterations between lines of log.jsonl
-    eval_interval: int = 250                # iterations between validations; 0: only the last
-    eval_sequences: int = 512               # held-out sequences in a validation, each under one fixed draw of noise
-    eval_samples: int = 10                  # pictures drawn in a validation, in 32 steps; 0: none
-    save_interval: int = 250                # iterations between checkpoints; 0: only the last
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What is learned. Each flag names the methods that read it."""
+    # ddpd: planned denoising, arXiv:2410.06264; gidd: arXiv:2503.04482; forcing: arXiv:2407.01392
+    method: Literal["ddpd", "gidd", "forcing"] = "ddpd"
+    # ddpd: planner and denoiser, or a single denoiser without masks that serves as both
+    nets: Literal["pair", "single"] = "pair"
+    # ddpd: the denoiser's noise; the planner sees the same, or uniform noise in place of masks
+    denoiser_process: Literal["mask", "uniform"] = "mask"
+    # forcing: its noise; that of gidd is always hybrid, masks and uniform redraws
+    process: Literal["hybrid", "uniform", "mask"] = "hybrid"
+    p_uniform: float = 0.1                  # gidd, forcing: share redrawn at t = 1/2 if hybrid
+    # gidd, forcing: of a token's loss. elbo: as in the likelihood bound; clip: that, at most 1;
+    # dynamic: GIDD's; none: plain cross-entropy at noise tokens
+    weight: Literal["dynamic", "clip", "elbo", "none"] = "dynamic"
+    clean_token_rate: float = 1.0           # gidd, forcing: share of clean tokens in the loss
+    # forcing: what has a noise level of its own. shared: all frames after the context together;
+    # next: one frame after another
+    noise_granularity: Literal["frame", "token", "shared", "next"] = "frame"
+    rollout_share: Share = 0.25             # forcing: rows with levels as in a rollout, others free
+    context_frames: NotNegative = 0         # forcing: frames that every rollout is given, at least
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """Logs, validations and checkpoints."""
+    log_interval: Positive = 10             # iterations between lines of log.jsonl
+    eval_interval: NotNegative = 250        # iterations between validations; 0: only the last
+    eval_sequences: Positive = 512          # held-out sequences in a validation, one draw of noise
+    eval_samples: NotNegative = 10          # pictures drawn in a validation, in 32 steps; 0: none
+    save_interval: NotNegative = 250        # iterations between checkpoints; 0: only the last
     wandb_project: str = ""                 # Weights & Biases project; "": off
     wandb_entity: str = ""                  # its owner; "": your default
     wandb_name: str = ""                    # run name there; "": the run folder's
-    wandb_mode: Literal["auto", "online", "offline"] = "auto"   # auto: offline where there is no key or no network
+    # auto: offline where there is no key or no network
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"
 
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how it runs."""
+    out_dir: str = ""                       # folder; "": out/<stem of the last config file>
+    seed: NotNegative = 0                   # of weights, data order, noise and label dropout
+    # of matrix products; auto: bfloat16 where the device has it
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    compile: bool = False                   # torch.compile the networks
+    dry_run: bool = False                   # print parameters, memory and time; train nothing
+
+
+@dataclass(frozen=True)
+class Config(
+    RunOptions, LoggingOptions, MethodOptions, OptimisationOptions, NetworkOptions, DataOptions
+):
+    """Train a planner and a denoiser.   python train_ddpd.py [NAME or FILE.py ...] [--flags]
+
+    NAME is a file of configs/; --list prints them. One process, or as many as torchrun starts. The
+    same command again goes on where the run stopped.
+    """
+
+    GROUPS: typing.ClassVar = {
+        "data": DataOptions, "network": NetworkOptions, "optimisation": OptimisationOptions,
+        "method": MethodOptions, "logging": LoggingOptions, "run": RunOptions,
+    }
     # A run goes on only with these unchanged; all others may change from one start to the next.
-    FIXED: typing.ClassVar = tuple("""
-        method nets denoiser_process p_uniform process level_group causal data image_size levels n_layer n_head n_embd
-        base_width base_head_dim batch_size overfit overfit_noise seed
-    """.split())
+    FIXED: typing.ClassVar = (
+        "method", "nets", "denoiser_process", "p_uniform", "process", "noise_granularity", "causal",
+        "data", "image_size", "grey_levels", "n_layer", "n_head", "n_embd", "base_width",
+        "base_head_dim", "batch_size", "overfit", "overfit_noise", "seed",
+    )
 
     @property
-    def decay_iters(self):
+    def decay_iters(self) -> int:
         return self.lr_decay_iters or self.max_iters
 
-    @property
-    def kind(self):
-        return kind_of(vars(self))
 
-    @property
-    def noise(self):
-        return noise_of(vars(self))
+# Sampling: flags of sample.py and evaluate.py are the samplers' arguments; None: their own default
 
 
-def kind_of(config):
-    """The name under which samplers.FITS lists what a run's networks can do.  config: a Config's dict"""
-    if config["method"] != "ddpd":
-        return config["method"]
-    return "single" if config["nets"] == "single" else {"mask": "maskd", "uniform": "unid"}[config["denoiser_process"]]
+@dataclass(frozen=True)
+class PlanFlags:
+    """Planned denoising, sampler ddpd."""
+    # sites per step, for ddpd spread (default), fixed, one or leap; the others are of confidence
+    schedule: Literal["spread", "fixed", "one", "leap", "arccos", "cosine", "linear"] | None = None
+    k: int | None = None                    # sites per step of fixed, --refine and --correct; 1
+    # sites in proportion to P(noise) (default), or to its odds
+    pick: Literal["proportional", "softmax"] | None = None
+    stop: float | None = None               # expected noise tokens at which a row is done; 0
+    refine: int | None = None               # further steps of k sites; 0
+    planner_guidance: float | None = None   # classifier-free guidance of the planner; 1
 
 
-def noise_of(config):
-    """What the denoiser's noise is: the process, and p_uniform of "hybrid".  config: a Config's dict"""
-    kind = kind_of(config)
-    process = config["process"] if kind == "forcing" else {"maskd": "mask", "gidd": "hybrid"}.get(kind, "uniform")
-    return process, config["p_uniform"] if process == "hybrid" else 0.0
+@dataclass(frozen=True)
+class MaskFlags:
+    """Samplers of a mask denoiser: confidence (MaskGIT) and remdm."""
+    # confidence: keep the surest tokens (default), or random ones
+    order: Literal["confidence", "random"] | None = None
+    noise: float | None = None              # confidence: Gumbel noise on the log-probability; 4.5
+    temperature_end: float | None = None    # confidence: where the temperature ends; 0: it stays
+    # remdm: which tokens are masked again; confidence is the default
+    remask: Literal["confidence", "rescale", "cap"] | None = None
+    eta: float | None = None                # remdm: how much of what may be masked again is; 0.2
 
 
-def nearest(key, keys):
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0)
+@dataclass(frozen=True)
+class RolloutFlags:
+    """Sampler rollout, of forcing runs."""
+    lag: int | None = None                  # steps between frames; -1: one by one; 0: all together
+    stabilization_level: float | None = None    # level told of finished frames, to distrust them; 0
+    context_level: float | None = None      # noise level told of known tokens, to distrust them; 0
+
+
+@dataclass(frozen=True)
+class DecodingFlags:
+    """All samplers: how tokens are drawn from the denoiser's logits."""
+    temperature: float | None = None        # of the denoiser; 1
+    top_k: int | None = None                # likeliest ids it draws from; 0: all
+    top_p: float | None = None              # probability mass it draws from, in (0, 1]; 1
+    min_p: float | None = None              # least probability, as a share of the largest; 0
+    guidance: float | None = None           # classifier-free guidance of the denoiser; 1
+
+
+@dataclass(frozen=True)
+class VideoFlags:
+    """Videos."""
+    context_frames: NotNegative = CONTEXT_FRAMES    # frames of held-out videos that are given
+    frames: NotNegative = 0                 # in all; 0: as the data, or 8 times that in evaluate.py
+
+
+@dataclass(frozen=True)
+class SamplerFlags(DecodingFlags, RolloutFlags, MaskFlags, PlanFlags):
+    """Options of samplers. Only flags that are given are passed on; one that the sampler does not
+    have is refused."""
+
+    GROUPS: typing.ClassVar = {
+        "ddpd": PlanFlags,
+        "confidence_and_remdm": MaskFlags,
+        "rollout": RolloutFlags,
+        "decoding": DecodingFlags,
+    }
+
+    def sampler_options(self) -> dict[str, Any]:
+        """The options that were given, by their names."""
+        values = {field.name: getattr(self, field.name) for field in fields(SamplerFlags)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+# Reading
+
+
+def load(cls: type = Config, argv: list[str] | None = None) -> Any:
+    """Read config files (leading arguments, if cls is Config) and flags.  -> an instance of cls"""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if cls is not Config:
+        return check_bounds(parse(cls, {}, argv))
+    if "--list" in argv:
+        print_configs()
+        raise SystemExit(0)
+    files = []
+    while argv and not argv[0].startswith("-"):
+        files.append(config_path(argv.pop(0)))
+    values = {}
+    for path in files:
+        values |= read_file(path, cls)
+    cfg = parse(cls, values, argv)
+    if not cfg.out_dir:
+        cfg = replace(cfg, out_dir=f"out/{files[-1].stem if files else 'default'}")
+    return check(cfg)
+
+
+def config_path(name: str) -> Path:
+    """A config file, or the name of one of configs/."""
+    shipped = CONFIGS / f"{name}.py"
+    return shipped if shipped.exists() and not Path(name).is_file() else Path(name)
+
+
+def print_configs() -> None:
+    """The names of configs/, each with the first sentence of its header."""
+    for path in sorted(CONFIGS.glob("*.py")):
+        header = ast.get_docstring(ast.parse(path.read_text())) or ""
+        print(f"{path.stem:16} {header.splitlines()[0]}")
+
+
+def parse(cls: type, values: dict[str, Any], argv: list[str]) -> Any:
+    """Flags over values, by tyro, with --help in the groups of cls.GROUPS.  -> an instance of
+    cls"""
+    import tyro
+
+    refuse_unknown_flags(cls, argv)
+    rows = []
+    for name, group in cls.GROUPS.items():
+        own = {field.name: values[field.name] for field in fields(group) if field.name in values}
+        is_required = any(field.default is MISSING for field in fields(group))
+        default = MISSING if is_required else group(**own)
+        rows.append((name, tyro.conf.OmitArgPrefixes[group], default_field(default)))
+    command_line = make_dataclass(cls.__name__, rows, namespace={"__doc__": cls.__doc__})
+    grouped = tyro.cli(command_line, args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+    flat = {}
+    for name in cls.GROUPS:
+        flat |= vars(getattr(grouped, name))
+    return cls(**flat)
+
+
+def default_field(default: Any) -> Any:
+    return dataclass_field() if default is MISSING else dataclass_field(default=default)
+
+
+def refuse_unknown_flags(cls: type, argv: list[str]) -> None:
+    """tyro refuses them too, but in a box; one line names the nearest flag."""
+    flags = ["--help"]
+    for field in fields(cls):
+        flag = field.name.replace("_", "-")
+        flags += [f"--{flag}", f"--no-{flag}"] if field.type in (bool, "bool") else [f"--{flag}"]
+    for arg in argv:
+        flag = arg.split("=")[0].replace("_", "-")
+        if arg.startswith("--") and flag not in flags:
+            raise SystemExit(f"unknown flag {flag}; {nearest(flag, flags)}")
+
+
+def nearest(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0)
     return f"did you mean {close[0]}?" if close else ""
 
 
-def read_file(path, cls):
-    """The assignments of one config file: names, literals and arithmetic, nothing that runs.  -> dict"""
-    types, values = typing.get_type_hints(cls), {}
+# What a value in a config file may be made of: names, literals and arithmetic, nothing that runs
+ALLOWED_NODES = (
+    ast.Constant,
+    ast.Name,
+    ast.Tuple,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.operator,
+    ast.unaryop,
+    ast.expr_context,
+)
+
+
+def read_file(path: str | Path, cls: type = Config) -> dict[str, Any]:
+    """The assignments of one config file."""
+    types = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in fields(cls)]
     try:
         body = ast.parse(Path(path).read_text()).body
     except (OSError, SyntaxError, ValueError) as error:
         raise SystemExit(f"{path}: {error}") from None
+    values = {}
     for node in body:
         where = f"{path}, line {node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue                                                    # the header
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise SystemExit(f"{where}: a config file holds assignments only, not `{ast.unparse(node)}`")
+        is_assignment = isinstance(node, ast.Assign) and len(node.targets) == 1
+        if not is_assignment or not isinstance(node.targets[0], ast.Name):
+            raise SystemExit(
+                f"{where}: a config file holds assignments only, not `{ast.unparse(node)}`"
+            )
         key = node.targets[0].id
-        names = [f.name for f in fields(cls)]
         if key not in names:
             raise SystemExit(f"{where}: unknown key {key}; {nearest(key, names)}")
-        allowed = (ast.Constant, ast.Name, ast.Tuple, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop,
-                   ast.expr_context)
-        if not all(isinstance(n, allowed) for n in ast.walk(node.value)):
-            raise SystemExit(f"{where}: {key} must be a value or arithmetic, not `{ast.unparse(node.value)}`")
+        if not all(isinstance(part, ALLOWED_NODES) for part in ast.walk(node.value)):
+            raise SystemExit(
+                f"{where}: {key} must be a value or arithmetic, not `{ast.unparse(node.value)}`"
+            )
         try:
-            value = eval(compile(ast.Expression(node.value), path, "eval"), {"__builtins__": {}}, values)
+            value = eval(
+                compile(ast.Expression(node.value), str(path), "eval"), {"__builtins__": {}}, values
+            )
         except (ArithmeticError, NameError, TypeError) as error:
             raise SystemExit(f"{where}: {error}") from None
         values[key] = check_type(value, types[key], f"{where}: {key}")
     return values
 
 
-def check_type(value, kind, where):
-    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    if choices and value not in choices:
-        raise SystemExit(f"{where} is {value!r}, not one of {', '.join(choices)}")
-    if kind is float and type(value) is int:
-        value = float(value)
+def check_type(value: Any, kind: Any, where: str) -> Any:
+    """The value as its field's type, or a refusal."""
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise SystemExit(f"{where} is {value!r}, not one of {', '.join(choices)}")
+        return value
     if typing.get_origin(kind) is tuple:
-        if type(value) is not tuple or any(type(v) is not int for v in value):
+        if type(value) is not tuple or any(type(part) is not int for part in value):
             raise SystemExit(f"{where} is {value!r}, not whole numbers in brackets, as (32, 32)")
-    elif not choices and type(value) is not kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
         raise SystemExit(f"{where} is {value!r}, not {kind.__name__}")
     return value
 
 
-def load(cls=Config, argv=None):
-    """Read config files (leading arguments, if cls is Config) and flags.  -> cls"""
-    import tyro
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    files = []
-    while cls is Config and argv and not argv[0].startswith("-"):
-        files.append(argv.pop(0))
-    values = {}
-    for path in files:
-        values |= read_file(path, cls)
-    flags = ["--help", *("--" + f.name.replace("_", "-") for f in fields(cls))]
-    flags += ["--no-" + f.name.replace("_", "-") for f in fields(cls) if f.type in (bool, "bool")]
-    for arg in argv:
-        flag = arg.split("=")[0].replace("_", "-")
-        if arg.startswith("--") and flag not in flags:
-            raise SystemExit(f"unknown flag {flag}; {nearest(flag, flags)}")
-    if cls is not Config:
-        return tyro.cli(cls, args=argv, config=(tyro.conf.PositionalRequiredArgs,))
-    cfg = tyro.cli(cls, args=argv, default=cls(**values))
-    if not cfg.out_dir:
-        cfg = replace(cfg, out_dir=f"out/{Path(files[-1]).stem if files else 'default'}")
-    return check(cfg)
+def check_bounds(flags: Any) -> Any:
+    """Refuse, by name, numbers outside of their field's Bound."""
+    for name, kind in typing.get_type_hints(type(flags), include_extras=True).items():
+        bounds = [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, Bound)]
+        value = getattr(flags, name)
+        for low, high in bounds:
+            if low <= value <= high:
+                continue
+            if high < math.inf:
+                raise SystemExit(f"{name} is {value}; it must lie in [{low}, {high}]")
+            raise SystemExit(
+                f"{name} is {value}; it must "
+                + ("be at least 1" if low == 1 else "not be negative")
+            )
+    return flags
 
 
-def check(cfg):
-    """Refuse, by name, numbers that mean nothing."""
-    positive = ["image_size", "n_layer", "n_head", "n_embd", "base_width", "batch_size", "grad_accumulation_steps",
-                "max_iters", "log_interval", "eval_sequences"]
-    not_negative = ["levels", "vocab", "n_classes", "base_head_dim", "planner_lr", "denoiser_lr", "warmup_iters",
-                    "lr_decay_iters", "context",
-                    "weight_decay", "grad_clip", "overfit", "seed", "eval_interval", "eval_samples", "save_interval"]
-    for name in positive:
-        if getattr(cfg, name) < 1:
-            raise SystemExit(f"{name} is {getattr(cfg, name)}; it must be at least 1")
-    for name in not_negative:
-        if not getattr(cfg, name) >= 0:
-            raise SystemExit(f"{name} is {getattr(cfg, name)}; it must not be negative")
-    for name in ["label_dropout", "ema_decay"]:
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise SystemExit(f"{name} is {getattr(cfg, name)}; it must lie in [0, 1]")
-    if not 0 <= cfg.p_uniform < 1 or not 0 < cfg.clean_share <= 1:
-        raise SystemExit(f"p_uniform {cfg.p_uniform} must lie in [0, 1), clean_share {cfg.clean_share} in (0, 1]")
-    if not 0 <= cfg.staircase_share <= 1:
-        raise SystemExit(f"staircase_share is {cfg.staircase_share}; it must lie in [0, 1]")
-    if bool(cfg.vocab) != bool(cfg.grid) or min(cfg.grid, default=1) < 1 or (cfg.n_classes and not cfg.vocab):
-        raise SystemExit(f"vocab {cfg.vocab}, grid {cfg.grid} and n_classes {cfg.n_classes} are stated together: "
-                         "ids, tokens per axis, classes")
-    if cfg.nets == "single" and cfg.denoiser_process != "uniform":
-        raise SystemExit("nets = single needs denoiser_process = uniform: a mask denoiser cannot tell noise from data")
+def check(cfg: Config) -> Config:
+    """Refuse, by name, values that mean nothing."""
+    check_bounds(cfg)
+    if not 0 <= cfg.p_uniform < 1:
+        raise SystemExit(f"p_uniform is {cfg.p_uniform}; it must lie in [0, 1)")
+    if not 0 < cfg.clean_token_rate <= 1:
+        raise SystemExit(f"clean_token_rate is {cfg.clean_token_rate}; it must lie in (0, 1]")
+    if (
+        bool(cfg.vocab) != bool(cfg.grid)
+        or min(cfg.grid, default=1) < 1
+        or (cfg.n_classes and not cfg.vocab)
+    ):
+        raise SystemExit(
+            f"vocab {cfg.vocab}, grid {cfg.grid} and n_classes {cfg.n_classes} are stated "
+            "together: "
+            "ids, tokens per axis, classes"
+        )
+    if cfg.nets == "single" and cfg.denoiser_process == "mask":
+        raise SystemExit(
+            "nets = single needs denoiser_process = uniform: a mask denoiser cannot tell noise "
+            "from data"
+        )
     return cfg

@@ -1,386 +1,451 @@
 """Judge runs by their samples, at equal numbers of network calls.
 
-python evaluate.py out/digits --samplers ddpd ancestral confidence remdm --nfe 8 16 32 64 --n-samples 500
+python evaluate.py out/digits --samplers ddpd ancestral confidence remdm --nfe 8 16 32 64
+--n-samples 500
 """
 
+import typing
 from dataclasses import dataclass
 
 import config
 
 
 @dataclass(frozen=True)
-class Flags:
-    """One table over runs, samplers and NFE: rows of RUN/evaluate.csv, for videos also RUN/frames.csv; plots in the
-    first run's folder."""
+class EvaluateOptions:
+    """What is compared."""
     runs: tuple[str, ...]                   # folders of runs
-    samplers: tuple[str, ...] = ()          # ddpd, ancestral, confidence, random, remdm, rollout; (): a run's first
-    nfe: tuple[int, ...] = ()               # network calls per sample, planner and denoiser both; of a video per frame
+    # ddpd, ancestral, confidence, random, remdm, rollout; (): a run's first
+    samplers: tuple[str, ...] = ()
+    # network calls per sample, planner and denoiser both; of a video per frame
+    nfe: tuple[int, ...] = ()
     n_samples: int = 500                    # samples per row, classes in turn
     seeds: tuple[int, ...] = (0,)           # of the sampling noise; one row each
     batch_size: int = 250                   # samples drawn at a time
-    temperature: float = 1.0                # of the denoiser
-    top_p: float = 1.0                      # probability mass it draws from, in (0, 1]
-    guidance: float = 1.0                   # of the denoiser
-    planner_guidance: float = 1.0           # of the planner
-    correct: int = 0                        # gidd: a second row after this many steps of self-correction
-    guidance_ramp: bool = False             # let both grow from 1 with the share of noise gone
-    context: int = 2                        # videos: frames of held-out ones that are given
-    frames: int = 0                         # videos: frames in all; 0: 8 times as many as the data has
-    lag: int = -1                           # rollout: steps between frames; -1: frame by frame; 0: all together
-    stabilise: float = 0.0                  # rollout: noise level told of finished frames
-    context_level: float = 0.0              # rollout: noise level told of known tokens
-    flips: float = 0.0                      # share of known tokens that are redrawn as another id
+    correct: config.NotNegative = 0  # gidd: a second row after this many steps of self-correction
+    flips: config.Share = 0.0               # share of known tokens that are redrawn as another id
     planner: bool = False                   # judge the planner too: RUN/reliability.png
-    decoder: str = ""                       # TorchScript, tokens -> images: writes RUN/SAMPLER_NFE_*.npz
+    decoder: str = ""  # TorchScript, tokens -> images: writes RUN/SAMPLER_NFE_*.npz
+
+
+@dataclass(frozen=True)
+class Flags(config.SamplerFlags, config.VideoFlags, EvaluateOptions):
+    """One table over runs, samplers and NFE: rows of RUN/evaluate.csv, for videos also
+    RUN/frames.csv; plots in the first run's folder."""
+
+    GROUPS: typing.ClassVar = {
+        "evaluate": EvaluateOptions, "videos": config.VideoFlags, **config.SamplerFlags.GROUPS,
+    }
 
 
 if __name__ == "__main__":
     flags = config.load(Flags)
 
-import csv
 import functools
 import math
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
-import judges
-import model
-import render
-import runtime
-from diffusion import objectives, processes, samplers
+import methods
+from diffusion import samplers
+from support import diagnostics, metrics, render, runtime
 
-N_BINS, N_CALIBRATION = 10, 15
-N_BITS = 2048           # sequences behind bits per token, at least
-QUALITY = {"judge_acc": "judge accuracy", "frechet": "Frechet distance", "shortest": "shortest paths",
-           "valid": "valid paths", "right": "frames exactly right", "intact": "sprite intact"}     # two by two
-MOST = 2**27            # logits at once: samplers hold about six numbers for each
-FRAME_KEYS = "run train_seed sampler steps lag stabilise context_level flips n seed".split()
-VARIANTS = {            # name here: (sampler, its options)
-    "ddpd": ("ddpd", {}),
-    "ancestral": ("ancestral", {}),
-    "confidence": ("confidence", {}),
-    "random": ("confidence", dict(order="random", temperature_end=0.6)),        # of the temperature at the start
-    "remdm": ("remdm", {}),
-    "rollout": ("rollout", {}),
+N_BITS = 2048               # sequences behind bits per token, at least
+N_BITS_VIDEO = 512
+N_PLANNER = 1024            # sequences that a planner is judged on
+MAX_LOGITS = 2**27          # at once: samplers hold about six numbers for each
+FRAME_KEYS = (
+    "run", "train_seed", "sampler", "steps", "lag", "stabilization_level", "context_level", "flips",
+    "n", "seed",
+)
+# What the plot shows, two by two
+QUALITY = {
+    "judge_acc": "judge accuracy", "frechet": "Frechet distance",
+    "shortest": "shortest paths", "valid": "valid paths",
+    "right": "frames exactly right", "intact": "sprite intact",
 }
+# Names of rows that are a sampler with options; temperature_end is a share of the temperature at
+# the start
+VARIANTS = {"random": ("confidence", {"order": "random", "temperature_end": 0.6})}
+FITTING = dict.fromkeys(name for row in methods.METHODS.values() for name in row.samplers)
+SAMPLERS = [name for name in FITTING if name != "self_correct"] + list(VARIANTS)
 
 
-class Run:
-    """A trained run, ready to be sampled and judged."""
+def sampler_of(row: str) -> str:
+    """The sampler behind the name of a row."""
+    return VARIANTS.get(row, (row, {}))[0]
 
-    def __init__(self, folder, device):
-        self.folder, self.device, state = folder, device, runtime.load_run(folder)
-        self.meta, self.cfg, self.it = state["meta"], state["config"], state["it"]
-        self.kind, (self.process, self.p_uniform) = config.kind_of(self.cfg), config.noise_of(self.cfg)
-        self.is_video = len(self.meta["grid"]) == 3
-        self.nets = model.from_checkpoint(state, self.kind, device)
-        self.splits = data.load(self.cfg["data"], self.cfg["image_size"], self.cfg["levels"])[1]
-        self.judge = judges.of(self.meta, self.splits)
 
-    def val(self, n):
-        """n held-out sequences, again from the first where there are fewer.  -> x0 (n, N), label (n,)"""
-        x0, label = self.splits["val"].some(n)
-        return torch.from_numpy(x0).to(self.device), torch.from_numpy(label).to(self.device)
+# A run that is judged
 
-    def at_once(self, most):
-        """Sequences whose logits are together no more numbers than `most`."""
-        return max(1, most // (math.prod(self.meta["grid"]) * self.meta["vocab"]))
 
-    def bits(self):
-        """Bits per token of held-out data by the bound that is tight for exact networks, and its standard error."""
-        n = N_BITS // (4 if self.is_video else 1)
-        x0, label = self.val(-(-n // len(self.splits["val"])) * len(self.splits["val"]))
-        with runtime.autocast(self.device, self.cfg["dtype"]):
-            bounds = objectives.bits_per_token(self.nets, self.kind, x0, label, self.meta["vocab"],
-                                               runtime.generator(0), self.p_uniform, process=self.process,
-                                               given=data.given(self.meta, x0),
-                                               frames=self.meta["grid"][0] if self.is_video else 1)
-        return min(bounds.values()) if self.kind == "forcing" else next(iter(bounds.values()))
+class Judged:
+    """A trained run, its data and the metrics that fit them."""
 
-    def held_out(self, n, flags):
-        """Sequences to go on from, n at most.  -> real (n, N) or None, given, known (n, N) or None"""
-        if not self.is_video and not self.meta["given"]:
-            return None, None, None
-        real = self.splits["val"].some(min(n, len(self.splits["val"])))[0]
-        if self.is_video and self.frames(flags) > self.meta["grid"][0]:
-            video = real.reshape(len(real), *self.meta["grid"])
-            if not self.meta.get("is_certain"):
-                raise SystemExit(f"{self.meta['name']} has no one truth after its frames: --frames {len(video[0])}")
-            real = self.judge.source.truth(video, self.frames(flags)).reshape(len(real), -1)
-        real = real[:, :self.frames(flags) * math.prod(self.meta["grid"][1:])] if self.is_video else real
-        known = data.context(self.meta, torch.from_numpy(real), flags.context)
-        given, rng = real.copy(), np.random.default_rng(0)
-        if known is not None and flags.flips:
-            is_flipped = (rng.random(real.shape) < flags.flips) & known.numpy()
-            other = (real + rng.integers(1, self.meta["vocab"], real.shape)) % self.meta["vocab"]
-            given = np.where(is_flipped, other, real)
-        return real, given, None if known is None else known.numpy()
+    def __init__(self, folder: str, device: torch.device):
+        self.run = methods.load(folder, device)
+        self.spec = self.run.spec
+        config_ = self.spec.config
+        self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]
+        self.metrics = metrics.metrics_for(self.spec.meta, self.splits)
+        self.batch_limit = max(1, MAX_LOGITS // (self.spec.shape.n_tokens * self.spec.vocab))
 
-    def frames(self, flags):
+    def bits(self) -> tuple[float, float]:
+        """Bits per token of held-out data, by the tight bound, and the standard error."""
+        val = self.splits["val"]
+        n = N_BITS_VIDEO if self.spec.is_video else N_BITS
+        n_repeated = -(-n // len(val)) * len(val)
+        x0, label = (torch.from_numpy(y).to(self.run.device) for y in val.spread_subset(n_repeated))
+        with runtime.autocast(self.run.device, self.spec.config["dtype"]):
+            known = data.known_mask(self.spec.meta, x0)
+            rng = runtime.generator(0)
+            bounds = methods.bits_per_token(self.spec, self.run.nets, x0, label, known, rng)
+        if not bounds:
+            return math.nan, math.nan                   # no closed form
+        bits = list(bounds.values())
+        return min(bits) if self.spec.method.has_own_levels else bits[0]
+
+    def n_frames(self, flags: Flags) -> int:
         """Frames of a video: a rollout makes any number, all else as many as the data has."""
-        own = self.meta["grid"][0]
-        if self.kind != "forcing" and flags.frames not in (0, own):
-            raise SystemExit(f"--frames {flags.frames}: a {self.kind} run makes {own}")
-        return flags.frames or (8 * own if self.kind == "forcing" else own)
+        own = self.spec.grid[0]
+        if self.spec.method.has_own_levels:
+            return flags.frames or 8 * own
+        if flags.frames not in (0, own):
+            raise SystemExit(f"--frames {flags.frames}: a {self.spec.name} run makes {own}")
+        return own
 
-    def draw(self, sampler, options, labels, seed, batch_size, given=None, known=None):
-        """given: (n, N) tokens where known, or all to be corrected.  -> tokens (n, N), mean NFE, seconds per sample"""
-        rng, parts, calls = runtime.generator(seed, device=self.device), [], []
-        batch_size = min(batch_size, self.at_once(MOST))
+    def held_out(
+        self, flags: Flags,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | tuple[None, None, None]:
+        """Sequences to go on from, n_samples at most.  -> real, known_tokens, known (n, N)"""
+        spec = self.spec
+        if not spec.is_video and not spec.meta["given"]:
+            return None, None, None
+        val = self.splits["val"]
+        real = val.spread_subset(min(flags.n_samples, len(val)))[0]
+        if spec.is_video:
+            real = self.real_frames(real.reshape(len(real), *spec.grid), self.n_frames(flags))
+        known = data.context_mask(spec.meta, torch.from_numpy(real), flags.context_frames)
+        if known is None:
+            return real, real, None
+        known = known.numpy()
+        return real, flip_known(real, known, flags.flips, spec.vocab), known
+
+    def real_frames(self, videos: np.ndarray, n_frames: int) -> np.ndarray:
+        """Videos (n, F, h, w), cut or continued to n_frames.  -> (n, N)"""
+        if n_frames > videos.shape[1]:
+            if not self.spec.meta.get("is_certain"):
+                raise SystemExit(
+                    f"{self.spec.meta['name']} has no one truth after its frames: "
+                    f"--frames {videos.shape[1]}"
+                )
+            videos = self.metrics.source.truth(videos, n_frames)
+        return videos[:, :n_frames].reshape(len(videos), -1)
+
+    def draw(
+        self, sampler: str, options: dict[str, Any], labels: np.ndarray, seed: int, batch_size: int,
+        known_tokens: np.ndarray | None = None, known: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, float, float]:
+        """Samples, as many as labels.  -> tokens (n, N), mean NFE, seconds per sample"""
+        device = self.run.device
+        rng = runtime.generator(seed, device=device)
+        options = dict(options)
+        tokens = []
+        nfe = []
         began = time.perf_counter()
-        for i in tqdm(torch.arange(len(labels)).split(batch_size), unit="batch", leave=False):
-            label = torch.as_tensor(labels)[i]
-            x, kept = (None if y is None else torch.from_numpy(y[i]).to(self.device) for y in (given, known))
-            with runtime.autocast(self.device, self.cfg["dtype"]):
-                steps = samplers.run(sampler, self.kind, self.nets, label.to(self.device), meta=self.meta,
-                                     generator=rng, given=x, known=kept, process=self.process,
-                                     p_uniform=self.p_uniform, **options)
-                final = samplers.last(steps)
-            parts.append(final.x.cpu().numpy())
-            calls.append(final.nfe.float().cpu())
-        return np.concatenate(parts), torch.cat(calls).mean().item(), (time.perf_counter() - began) / len(labels)
+        batches = torch.arange(len(labels)).split(min(batch_size, self.batch_limit))
+        for i in tqdm(batches, unit="batch", leave=False):
+            label = torch.as_tensor(labels)[i].to(device)
+            if known_tokens is not None:
+                options["known_tokens"] = torch.from_numpy(known_tokens[i]).to(device)
+            if known is not None:
+                options["known"] = torch.from_numpy(known[i]).to(device)
+            with runtime.autocast(device, self.spec.config["dtype"]):
+                states = methods.sample(
+                    self.spec, self.run.nets, label, sampler=sampler, generator=rng, **options
+                )
+                final = samplers.last(states)
+            tokens.append(final.x.cpu().numpy())
+            nfe.append(final.nfe.float().cpu())
+        seconds = (time.perf_counter() - began) / len(labels)
+        return np.concatenate(tokens), torch.cat(nfe).mean().item(), seconds
 
 
-def n_steps_of(name, run, nfe, flags):
+def flip_known(real: np.ndarray, known: np.ndarray, rate: float, vocab: int) -> np.ndarray:
+    """Redraw a share of the known tokens as another id.  (n, N) -> (n, N)"""
+    if not rate:
+        return real.copy()
+    rng = np.random.default_rng(0)
+    is_flipped = (rng.random(real.shape) < rate) & known
+    other = (real + rng.integers(1, vocab, real.shape)) % vocab
+    return np.where(is_flipped, other, real)
+
+
+# One row of the table
+
+
+def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
     """Steps for which a sampler may make nfe calls; refuses fewer than one."""
-    kind = run.kind
-    if run.is_video and kind == "forcing":                              # nfe calls for each frame that is made
-        lag, nfe = 0 if name == "ancestral" else flags.lag, nfe * (run.frames(flags) - flags.context)
-        of = functools.partial(samplers.staircase_of, run.meta["grid"], frames=run.frames(flags), lag=lag)
-        fits = [n for n in range(1, nfe + 1) if len(of(n, context=flags.context)) - 1 <= nfe]
-        if not fits:
-            raise SystemExit(f"--nfe is too small for --lag {lag}: {nfe} network calls in all")
-        return fits[-1]
-    is_pair = VARIANTS[name][0] == "ddpd" and kind != "single"
-    calls = (2 if flags.guidance != 1 else 1) + is_pair * (2 if flags.planner_guidance != 1 else 1)
+    spec = judged.spec
+    if spec.is_video and spec.method.has_own_levels:    # nfe calls for each frame that is made
+        n_frames = judged.n_frames(flags)
+        lag = 0 if row == "ancestral" else -1 if flags.lag is None else flags.lag
+        budget = nfe * (n_frames - flags.context_frames)
+        levels = functools.partial(
+            methods.forcing.rollout_levels, spec.grid, frames=n_frames, lag=lag,
+            context_frames=flags.context_frames,
+        )
+        fitting = [n for n in range(1, budget + 1) if len(levels(n)) - 1 <= budget]
+        if not fitting:
+            raise SystemExit(f"--nfe is too small for --lag {lag}: {budget} network calls in all")
+        return fitting[-1]
+    calls = 1 if flags.guidance in (None, 1) else 2
+    if sampler_of(row) == "ddpd" and "planner" in spec.method.networks:
+        calls += 1 if flags.planner_guidance in (None, 1) else 2
     if nfe < calls:
-        raise SystemExit(f"--nfe {nfe} is too small for {name}: a step of it takes {calls} network calls")
+        raise SystemExit(
+            f"--nfe {nfe} is too small for {row}: a step of it takes {calls} network calls"
+        )
     return nfe // calls
 
 
-def evaluate(run, name, nfe, seed, flags, bits, decoder=None):
-    """One row of the table, and one more where samples are corrected afterwards.  -> [{column: value}]"""
-    sampler, options = VARIANTS[name]
-    n_steps = n_steps_of(name, run, nfe, flags)
-    drawn = dict(top_p=flags.top_p, guidance=flags.guidance, guidance_ramp=flags.guidance_ramp)
-    options = dict(n_steps=n_steps, temperature=flags.temperature) | drawn | options
-    if "temperature_end" in options:
-        options["temperature_end"] *= flags.temperature
-    if sampler == "ddpd":
-        options["planner_guidance"] = flags.planner_guidance
-    real, tokens, known = run.held_out(flags.n_samples, flags)
-    if run.is_video:
-        options |= dict(frames=run.frames(flags), context=flags.context)
-    if sampler == "rollout":
-        options |= dict(stabilise=flags.stabilise, context_level=flags.context_level, lag=flags.lag)
-    n_classes, n = run.meta["n_classes"], flags.n_samples if real is None else len(real)
-    labels = np.arange(n) % n_classes if n_classes else np.zeros(n, np.int64)
-    stages, rows, calls, seconds = [(name, sampler, options)], [], 0.0, 0.0
-    if flags.correct and run.kind == "gidd":
-        stages.append((f"{name}+correct", "self_correct", dict(n_steps=flags.correct) | drawn))
-    for label, stage, chosen in stages:
-        tokens, more_calls, more_seconds = run.draw(stage, chosen, labels, seed, flags.batch_size, tokens, known)
-        calls, seconds = calls + more_calls, seconds + more_seconds
-        row = dict(run=run.folder, it=run.it, train_seed=run.cfg["seed"], sampler=label, steps=n_steps,
-                   nfe=round(calls, 2), guidance=flags.guidance, s_per_sample=round(seconds, 4), n=n, seed=seed)
-        if run.is_video:
-            row |= dict(lag=flags.lag, stabilise=flags.stabilise, context_level=flags.context_level, flips=flags.flips)
-        asked = dict(context=flags.context) if run.is_video else {}
-        scores, of_frames = run.judge.scores(tokens, labels, real, **asked)
-        row |= scores
-        for frame in range(len(next(iter(of_frames.values()))) if run.is_video else 0):
-            write_row(Path(run.folder) / "frames.csv", {k: row[k] for k in FRAME_KEYS} | dict(frame=frame) | {
-                k: round(float(v[frame]), 4) for k, v in of_frames.items()})
-        rows.append(row | dict(bits_per_token=round(bits[0], 4), bits_se=round(bits[1], 4), commit=runtime.commit(),
-                               device=runtime.device_name(run.device)))
+class Stage(NamedTuple):
+    name: str               # in the table
+    sampler: str
+    options: dict[str, Any]
+
+
+def plan_stages(row: str, judged: Judged, nfe: int, flags: Flags) -> list[Stage]:
+    """The sampler, and self-correction after it where asked for."""
+    spec = judged.spec
+    sampler, variant = VARIANTS.get(row, (row, {}))
+    given = flags.sampler_options()
+
+    def options_for(name):
+        known = methods.options_of(methods.find_sampler(spec, name))
+        return {option: value for option, value in given.items() if option in known}
+
+    options = options_for(sampler) | variant
+    if "temperature_end" in variant:
+        options["temperature_end"] = variant["temperature_end"] * given.get("temperature", 1.0)
+    options["n_steps"] = n_steps_of(row, judged, nfe, flags)
+    if spec.is_video:
+        options |= dict(frames=judged.n_frames(flags), context_frames=flags.context_frames)
+    stages = [Stage(row, sampler, options)]
+    if flags.correct and "self_correct" in spec.method.samplers:
+        options = options_for("self_correct") | dict(n_steps=flags.correct)
+        options.pop("temperature", None)                # it has one of its own
+        stages.append(Stage(f"{row}+correct", "self_correct", options))
+    return stages
+
+
+def evaluate(judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: tuple[float, float],
+             decoder=None) -> list[dict[str, Any]]:
+    """One row of the table, and one more where samples are corrected afterwards.  -> [{column:
+    value}]"""
+    spec, run = judged.spec, judged.run
+    real, tokens, known = judged.held_out(flags)
+    n = flags.n_samples if real is None else len(real)
+    labels = np.arange(n) % spec.n_classes if spec.n_classes else np.zeros(n, np.int64)
+    stages = plan_stages(row, judged, nfe, flags)
+    rows = []
+    total_nfe = total_s = 0.0
+    for stage in stages:
+        tokens, stage_nfe, stage_s = judged.draw(
+            stage.sampler, stage.options, labels, seed, flags.batch_size, tokens, known
+        )
+        total_nfe += stage_nfe
+        total_s += stage_s
+        out = dict(
+            run=str(run.folder), it=run.it, train_seed=spec.config["seed"], sampler=stage.name,
+            steps=stages[0].options["n_steps"], nfe=round(total_nfe, 2),
+            guidance=flags.guidance or 1.0, s_per_sample=round(total_s, 4), n=n, seed=seed,
+        )
+        if spec.is_video:
+            out |= dict(lag=-1 if flags.lag is None else flags.lag,
+                        stabilization_level=flags.stabilization_level or 0.0,
+                        context_level=flags.context_level or 0.0, flips=flags.flips)
+        scores, per_frame = judged.metrics.scores(
+            tokens, labels, real, flags.context_frames if spec.is_video else 0
+        )
+        out |= scores
+        if spec.is_video:
+            write_frames(run.folder / "frames.csv", out, per_frame)
+        out |= dict(
+            bits_per_token=round(bits[0], 4), bits_se=round(bits[1], 4), commit=runtime.commit(),
+            device=runtime.device_name(run.device),
+        )
+        rows.append(out)
         if decoder:
-            stem = f"{label}_{nfe}_seed{seed}_guidance{flags.guidance:g}"
-            write_images(run, stem, tokens, decoder, flags.batch_size)
+            stem = f"{stage.name}_{nfe}_seed{seed}_guidance{flags.guidance or 1:g}"
+            write_images(judged, stem, tokens, decoder, flags.batch_size)
     return rows
 
 
-def write_images(run, name, tokens, decoder, batch_size):
+def write_frames(path: Path, row: dict[str, Any], per_frame: dict[str, np.ndarray]) -> None:
+    """A row of frames.csv for each frame."""
+    n_frames = len(next(iter(per_frame.values())))
+    for frame in range(n_frames):
+        values = {name: round(float(value[frame]), 4) for name, value in per_frame.items()}
+        runtime.append_row(path, {key: row[key] for key in FRAME_KEYS} | dict(frame=frame) | values)
+
+
+def write_images(judged: Judged, name: str, tokens: np.ndarray, decoder, batch_size: int) -> None:
     """Decoded samples as uint8 (n, H, W, 3) under arr_0: the layout of the ADM evaluation suite."""
-    parts = []
-    for batch in np.split(tokens, range(batch_size, len(tokens), batch_size)):
-        parts.append(render.pictures(batch.reshape(-1, *run.meta["grid"]), run.meta, decoder))
-    np.savez(Path(run.folder) / f"{name}.npz", np.concatenate(parts))
-
-
-# The planner
-
-
-@torch.no_grad()
-def planner_says(run, n=1024):
-    """P(noise) of held-out tokens and whether they are noise, on corrupted data and on what the planner sees in use.
-
-    In use: noise of level t replaced by the denoiser's draws, "noise" being what differs from the clean token.
-    -> {"corrupted" or "in use": (t, p, is_noise), each (n * N,)}
-    """
-    (x0, label), vocab, rng = run.val(n), run.meta["vocab"], runtime.generator(0)
-    t = ((torch.randperm(n, generator=rng)[:, None] + 0.5) / n).to(run.device)
-    out = {"corrupted": [], "in use": []}
-
-    def say(where, x, i, is_noise):
-        if "planner" in run.nets:
-            p = run.nets["planner"](x, t[i], label[i]).sigmoid()
-        else:
-            p = processes.from_self(run.nets["denoiser"](x, t[i], label[i]).softmax(-1), x, t[i])[0]
-        out[where].append(torch.stack([t[i].expand(x.shape), p, is_noise.float()]).flatten(1).cpu())
-
-    for i in torch.arange(n).split(min(64, run.at_once(MOST))):
-        with runtime.autocast(run.device, run.cfg["dtype"]):
-            x, is_noise = (y.to(run.device) for y in processes.corrupt(x0[i].cpu(), t[i].cpu(), "uniform", vocab, rng))
-            say("corrupted", x, i, is_noise)
-            masked = x.masked_fill(is_noise, vocab) if run.kind == "maskd" else x
-            draws = run.nets["denoiser"](masked, t[i], label[i]).softmax(-1)
-            if run.kind == "single":
-                draws = processes.from_self(draws, x, t[i])[1]
-            filled = torch.where(is_noise, samplers.draw(draws, torch.Generator(run.device).manual_seed(int(i[0]))), x)
-            say("in use", filled, i, filled != x0[i])
-    return {name: torch.cat(parts, 1).numpy() for name, parts in out.items()}
-
-
-def calibration(p, is_noise):
-    """Expected calibration error over equal bins of p.  -> error, [(mean p, share of noise, tokens)]"""
-    which = np.minimum((p * N_CALIBRATION).astype(int), N_CALIBRATION - 1)
-    bins = [(p[which == b].mean(), is_noise[which == b].mean(), (which == b).sum()) for b in np.unique(which)]
-    return sum(n * abs(mean - share) for mean, share, n in bins) / len(p), bins
-
-
-def judge_planner(run):
-    """Print AUROC and calibration error per bin of noise level; the reliability diagram goes to RUN/reliability.png."""
-    import matplotlib
-    from sklearn.metrics import roc_auc_score
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panel = pyplot.subplots(figsize=(5, 4.6), layout="constrained")
-    panel.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    for name, (t, p, is_noise) in planner_says(run).items():
-        error, bins = calibration(p, is_noise)
-        overall = roc_auc_score(is_noise, p)
-        print(f"planner of {run.folder}, {name}: AUROC {overall:.3f}, calibration error {error:.3f}")
-        for b in range(N_BINS):
-            here = (t * N_BINS).astype(int) == b
-            if 0 < is_noise[here].sum() < here.sum():
-                auroc, off = roc_auc_score(is_noise[here], p[here]), calibration(p[here], is_noise[here])[0]
-                print(f"  t {b / N_BINS:.1f} to {(b + 1) / N_BINS:.1f}: AUROC {auroc:.3f}, calibration error {off:.3f}")
-        panel.plot(*np.array([b[:2] for b in bins]).T, marker="o", markersize=4,
-                   label=f"{name}: AUROC {overall:.3f}, error {error:.3f}")
-    panel.set(xlabel="P(noise) said by the planner", ylabel="share of noise", title=run.folder, xlim=(0, 1),
-              ylim=(0, 1))
-    panel.legend()
-    figure.savefig(Path(run.folder) / "reliability.png", dpi=110)
-    pyplot.close(figure)
+    grids = tokens.reshape(-1, *judged.spec.grid)
+    parts = [render.pictures(grids[i:i + batch_size], judged.spec.meta, decoder)
+             for i in range(0, len(grids), batch_size)]
+    np.savez(judged.run.folder / f"{name}.npz", np.concatenate(parts))
 
 
 # The table
 
 
-def write_row(path, row):
-    """Append to a CSV, which is written anew where a column is new."""
-    with runtime.one_line_errors(OSError):
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
-        is_same = bool(rows) and columns == list(rows[0])
-        with open(path, "a" if is_same else "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            if not is_same:
-                writer.writeheader()
-            writer.writerows([row] if is_same else [*rows, row])
-
-
-def plot(rows, path):
-    """Quality against NFE and against seconds, or against the frame; seeds are averaged."""
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Quality against NFE and against seconds, a line for each run and sampler; seeds are
+    averaged."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for row in rows if row["nfe"] != "n/a"]
-    good = [k for k in QUALITY if any(k in row for row in rows)]
-    if not good:
+    columns = [column for column in QUALITY if any(column in row for row in rows)]
+    if not columns:
         return
-    rows = [row for row in rows if good[0] in row]
+    rows = [row for row in rows if columns[0] in row]
+    x_labels = {"nfe": "network calls (NFE)", "s_per_sample": "seconds per sample"}
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharey="row", layout="constrained")
-    for line in dict.fromkeys((row["run"], row["sampler"]) for row in rows):
-        mine = [row for row in rows if (row["run"], row["sampler"]) == line]
+    for run, sampler in dict.fromkeys((row["run"], row["sampler"]) for row in rows):
+        mine = [row for row in rows if (row["run"], row["sampler"]) == (run, sampler)]
         steps = sorted({row["steps"] for row in mine})
-        axes = [(y, x) for y in good for x in ("nfe", "s_per_sample")]
+        axes = [(y, x) for y in columns for x in x_labels]
         for panel, (y, x) in zip(panels.flat, axes, strict=True):
-            at = [[np.mean([row[k] for row in mine if row["steps"] == s]) for s in steps] for k in (x, y)]
-            panel.plot(*at, marker="o", markersize=4, label=f"{Path(line[0]).name}, {line[1]}")
-            panel.set(xscale="log", xlabel={"nfe": "network calls (NFE)", "s_per_sample": "seconds per sample"}[x],
-                      ylabel=QUALITY[y])
-    if good[1] == "frechet":
+            means = [
+                [np.mean([row[key] for row in mine if row["steps"] == s]) for s in steps]
+                for key in (x, y)
+            ]
+            panel.plot(*means, marker="o", markersize=4, label=f"{Path(run).name}, {sampler}")
+            panel.set(xscale="log", xlabel=x_labels[x], ylabel=QUALITY[y])
+    if columns[1] == "frechet":
         panels[1, 0].set_yscale("log")
     panels[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def main(flags):
-    device = runtime.pick_device()
+def describe(row: dict[str, Any], per_class: dict | None, meta: dict[str, Any]) -> str:
+    """A row in words."""
+    words = [
+        f"{name} {row[column]:{form}}"
+        for column, (name, form) in metrics.COLUMNS.items()
+        if column in row
+    ]
+    if "lo" in row:
+        words[0] += f" ({row['lo']:.1%} to {row['hi']:.1%})"
+        if per_class:
+            worst = min(per_class, key=per_class.get)
+            words[1] += f" (class {meta['class_names'][worst]})"
+    return ", ".join(words)
+
+
+def describe_bits(bits: float, error: float) -> str:
+    if math.isnan(bits):
+        return "no likelihood bound for its noise"
+    return f"{bits:.3f} +- {error:.3f} bits per token on held-out data"
+
+
+def check_flags(flags: Flags) -> None:
     for name in flags.samplers:
-        if name not in VARIANTS:
-            raise SystemExit(f"--samplers {name} is not one of {', '.join(VARIANTS)}")
+        if name not in SAMPLERS:
+            raise SystemExit(f"--samplers {name} is not one of {', '.join(SAMPLERS)}")
     if not flags.runs or not flags.seeds:
         raise SystemExit("name at least one run and --seeds")
     if min((flags.batch_size, *flags.nfe)) < 1 or min(flags.seeds) < 0 or flags.n_samples < 2:
-        raise SystemExit("--batch-size and --nfe must be at least 1, --n-samples at least 2, --seeds not negative")
+        raise SystemExit(
+            "--batch-size and --nfe must be at least 1, --n-samples at least 2, "
+            "--seeds not negative"
+        )
+
+
+def check_run(judged: Judged, names: list[str], budgets: tuple[int, ...], flags: Flags) -> None:
+    """Refuse what the run cannot do before anything is sampled; of several runs misfits become rows
+    of n/a."""
+    spec = judged.spec
+    is_guided = any(scale not in (None, 1) for scale in (flags.guidance, flags.planner_guidance))
+    if is_guided and not (spec.config["label_dropout"] and spec.n_classes):
+        raise SystemExit(
+            f"{judged.run.folder} was trained without labels or their dropout: "
+            "nothing to guide away from"
+        )
+    has_option = set()
+    for name in names:
+        with runtime.one_line_errors(ValueError):
+            if len(flags.runs) == 1 or sampler_of(name) in spec.method.samplers:
+                has_option |= set(methods.options_of(methods.find_sampler(spec, sampler_of(name))))
+        n_steps_of(name, judged, min(budgets), flags)
+    if len(flags.runs) == 1:
+        for option in flags.sampler_options():
+            if option not in has_option:
+                raise SystemExit(f"--{option.replace('_', '-')} is no option of {', '.join(names)}")
+
+
+def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
+    """All rows of one run, printed and written to its evaluate.csv."""
+    spec, folder = judged.spec, judged.run.folder
+    names = list(flags.samplers) or list(spec.method.samplers)[:1]
+    budgets = flags.nfe or ((8,) if spec.is_video else (64,))
+    check_run(judged, names, budgets, flags)
+    decoder = (
+        render.load_decoder(flags.decoder, spec.meta, judged.run.device) if flags.decoder else None
+    )
+    bits = judged.bits()
+    print(f"{folder}, iteration {judged.run.it}: {describe_bits(*bits)}")
+    if judged.metrics.val:
+        real, per_class = judged.metrics.val
+        print(
+            f"  held-out real data, n {judged.metrics.n_val}: "
+            + describe(real, per_class, spec.meta)
+        )
+    if flags.planner and "ddpd" in spec.method.samplers:
+        x0, label = (torch.from_numpy(y) for y in judged.splits["val"].spread_subset(N_PLANNER))
+        diagnostics.report_planner(judged.run, x0, label, min(64, judged.batch_limit))
+    rows = []
+    for name in names:
+        if sampler_of(name) not in spec.method.samplers:
+            rows.append(
+                dict(run=str(folder), sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a")
+            )
+            runtime.append_row(folder / "evaluate.csv", rows[-1])
+            print(f"  {name}: n/a for a {spec.name} run")
+            continue
+        for nfe in budgets:
+            for seed in flags.seeds:
+                with runtime.one_line_errors(ValueError):
+                    made = evaluate(judged, name, nfe, seed, flags, bits, decoder)
+                for row in made:
+                    print(
+                        f"  {row['sampler']:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, "
+                        f"seed {seed}, n {row['n']}: {describe(row, None, spec.meta)}, "
+                        f"{row['s_per_sample']:.3f} s each"
+                    )
+                    runtime.append_row(folder / "evaluate.csv", row)
+                rows += made
+    return rows
+
+
+def main(flags: Flags) -> None:
+    check_flags(flags)
+    device = runtime.pick_device()
     rows = []
     for folder in flags.runs:
-        run = Run(folder, device)
-        is_guided = (flags.guidance, flags.planner_guidance) != (1, 1)
-        if is_guided and not (run.cfg["label_dropout"] and run.meta["n_classes"]):
-            raise SystemExit(f"{folder} was trained without labels or their dropout: nothing to guide away from")
-        names, budgets = flags.samplers or samplers.FITS[run.kind][:1], flags.nfe or ((8,) if run.is_video else (64,))
-        for name in names:
-            with runtime.one_line_errors(ValueError):
-                if len(flags.runs) == 1:
-                    samplers.check_fit(run.kind, VARIANTS[name][0])
-            n_steps_of(name, run, min(budgets), flags)
-        decoder = render.load_decoder(flags.decoder, run.meta, device) if flags.decoder else None
-        bits = run.bits()
-        print(f"{folder}, iteration {run.it}: {bits[0]:.3f} +- {bits[1]:.3f} bits per token on held-out data")
-        if run.judge.val:
-            real, per_class = run.judge.val
-            print(f"  held-out real data, n {run.judge.n_val}: " + describe(real, per_class, run.meta))
-        if flags.planner and run.kind not in ("gidd", "forcing"):
-            judge_planner(run)
-        for name in names:
-            if VARIANTS[name][0] not in samplers.FITS[run.kind]:
-                rows.append(dict(run=folder, sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a"))
-                write_row(Path(folder) / "evaluate.csv", rows[-1])
-                print(f"  {name}: n/a for a {run.kind} run")
-                continue
-            for nfe in budgets:
-                for seed in flags.seeds:
-                    with runtime.one_line_errors(ValueError):
-                        made = evaluate(run, name, nfe, seed, flags, bits, decoder)
-                    for row in made:
-                        print(f"  {row['sampler']:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, seed {seed}, "
-                              f"n {row['n']}: {describe(row, None, run.meta)}, {row['s_per_sample']:.3f} s each")
-                        write_row(Path(folder) / "evaluate.csv", row)
-                    rows += made
+        rows += evaluate_run(Judged(folder, device), flags)
     plot(rows, Path(flags.runs[0]) / "evaluate.png")
-
-
-def describe(row, per_class, meta):
-    """A row in words."""
-    said = [f"{words} {row[column]:{form}}" for column, (words, form) in judges.COLUMNS.items() if column in row]
-    if "lo" in row:
-        said[0] += f" ({row['lo']:.1%} to {row['hi']:.1%})"
-        if per_class:
-            said[1] += f" (class {meta['class_names'][min(per_class, key=per_class.get)]})"
-    return ", ".join(said)
 
 
 if __name__ == "__main__":

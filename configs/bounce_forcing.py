@@ -1,10 +1,12 @@
-"""Video of a bouncing sprite, 8 frames of 8x8. Diffusion Forcing: a noise level for each frame.
-python train_ddpd.py configs/bounce_forcing.py && python sample.py out/bounce_forcing"""
+"""Video of a bouncing sprite, 8 frames of 8x8: Diffusion Forcing, a noise level for each frame.
+
+python train_ddpd.py configs/bounce_forcing.py && python sample.py out/bounce_forcing
+"""
 data = "bounce"
 method = "forcing"
-level_group = "frame"
-staircase_share = 0.95
-context = 2
+noise_granularity = "frame"
+rollout_share = 0.95
+context_frames = 2
 weight = "none"
 p_uniform = 0.05
 denoiser_lr = 1e-3

@@ -1,9 +1,11 @@
-"""Video of a bouncing sprite, 8 frames of 8x8. One level for all frames after two given: full-sequence diffusion.
-python train_ddpd.py configs/bounce_full.py && python sample.py out/bounce_full"""
+"""Video of a bouncing sprite, 8 frames of 8x8: full-sequence diffusion, one level for all frames.
+
+python train_ddpd.py configs/bounce_full.py && python sample.py out/bounce_full
+"""
 data = "bounce"
 method = "forcing"
-level_group = "shared"
-context = 2
+noise_granularity = "shared"
+context_frames = 2
 weight = "none"
 p_uniform = 0.05
 denoiser_lr = 1e-3

@@ -1,9 +1,11 @@
-"""Video of a bouncing sprite, 8 frames of 8x8. Past clean, one frame noised, the rest pure noise: the second baseline.
-python train_ddpd.py configs/bounce_next.py && python sample.py out/bounce_next"""
+"""Video of a bouncing sprite, 8 frames of 8x8: next-frame diffusion, the future pure noise.
+
+python train_ddpd.py configs/bounce_next.py && python sample.py out/bounce_next
+"""
 data = "bounce"
 method = "forcing"
-level_group = "next"
-context = 2
+noise_granularity = "next"
+context_frames = 2
 weight = "none"
 p_uniform = 0.05
 denoiser_lr = 1e-3

@@ -1,5 +1,7 @@
-"""GIDD on digits: as many parameters and steps as the pairs of configs/digits.py, in one network twice as deep.
-python train_ddpd.py configs/digits_gidd.py --p-uniform 0.1 --out-dir out/digits_gidd_0.1"""
+"""GIDD on digits: parameters and steps of configs/digits.py in one network, twice as deep.
+
+python train_ddpd.py configs/digits_gidd.py --p-uniform 0.1 --out-dir out/digits_gidd_0.1
+"""
 data = "digits"
 image_size = 8
 method = "gidd"

@@ -1,5 +1,7 @@
-"""DDPD from one network on digits: as many parameters and steps as the pairs, twice as deep.
-python train_ddpd.py configs/digits_single.py"""
+"""DDPD from one network on digits: parameters and steps of configs/digits.py, twice as deep.
+
+python train_ddpd.py configs/digits_single.py
+"""
 data = "digits"
 image_size = 8
 nets = "single"

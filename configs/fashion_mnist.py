@@ -1,6 +1,9 @@
 """Fashion-MNIST, 32x32 tokens of 8 grey levels, the reference network.
-python data.py fashion_mnist && torchrun --nproc_per_node=NUM_GPUS train_ddpd.py configs/fashion_mnist.py
-12.7 GiB and 11.1 TFLOP per iteration and process, by `--dry-run`; not run on a GPU yet."""
+
+python data.py fashion_mnist
+torchrun --nproc_per_node=NUM_GPUS train_ddpd.py configs/fashion_mnist.py
+12.7 GiB and 11.1 TFLOP per iteration and process, by `--dry-run`; not run on a GPU yet.
+"""
 data = "fashion_mnist"
 vocab = 8
 grid = (32, 32)

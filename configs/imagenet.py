@@ -1,7 +1,9 @@
 """ImageNet, 32x32 tokens of the Cosmos DI8x8 tokenizer, the large network.
+
 python data.py tokens --file F.safetensors --name imagenet --vocab 64000 --tokenizer cosmos_di8x8
 torchrun --nproc_per_node=8 train_ddpd.py configs/imagenet.py
-29.0 GiB and 60.6 TFLOP per iteration and process, by `--dry-run`; not run on a GPU yet."""
+29.0 GiB and 60.6 TFLOP per iteration and process, by `--dry-run`; not run on a GPU yet.
+"""
 data = "imagenet"
 vocab = 8 * 8 * 8 * 5 * 5 * 5     # the codes of that tokenizer, not 2 ** 16
 grid = (32, 32)

@@ -1,5 +1,7 @@
-"""A path through a maze of 9x9 tokens; walls, start and goal are given. Planner and denoiser.
-python train_ddpd.py configs/maze_ddpd.py && python sample.py out/maze_ddpd"""
+"""A path through a maze of 9x9 tokens by planner and denoiser; walls, start and goal are given.
+
+python train_ddpd.py configs/maze_ddpd.py && python sample.py out/maze_ddpd
+"""
 data = "maze"
 n_layer = 4
 n_head = 2

@@ -1,8 +1,10 @@
-"""A path through a maze of 9x9 tokens; walls, start and goal are given. Diffusion Forcing, a level for each token.
-python train_ddpd.py configs/maze_forcing.py && python sample.py out/maze_forcing"""
+"""A path through a maze of 9x9 tokens by Diffusion Forcing, a noise level for each token.
+
+python train_ddpd.py configs/maze_forcing.py && python sample.py out/maze_forcing
+"""
 data = "maze"
 method = "forcing"
-level_group = "token"
+noise_granularity = "token"
 weight = "none"
 n_layer = 8
 n_head = 2

@@ -1,5 +1,7 @@
-"""A path through a maze of 9x9 tokens; walls, start and goal are given. GIDD.
-python train_ddpd.py configs/maze_gidd.py && python sample.py out/maze_gidd"""
+"""A path through a maze of 9x9 tokens by GIDD; walls, start and goal are given.
+
+python train_ddpd.py configs/maze_gidd.py && python sample.py out/maze_gidd
+"""
 data = "maze"
 method = "gidd"
 n_layer = 8

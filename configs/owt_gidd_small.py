@@ -1,7 +1,10 @@
-"""GIDD's published recipe, small: OpenWebText in rows of 512 GPT-2 tokens, 12 layers of width 768 (arXiv:2503.04482).
-python data.py tokens --file F.safetensors --name owt --vocab 50257      `indices` (n, 1, 512), `labels` (n,) of zeros
+"""GIDD's published recipe, small: OpenWebText, 512 GPT-2 tokens (arXiv:2503.04482).
+
+python data.py tokens --file F.safetensors --name owt --vocab 50257
 torchrun --nproc_per_node=8 train_ddpd.py configs/owt_gidd_small.py --p-uniform 0.1
-512 sequences per iteration on 8 GPUs. Not run on a GPU yet."""
+F holds `indices` (n, 1, 512) and `labels` (n,) of zeros. 512 sequences per iteration on 8 GPUs.
+Not run on a GPU yet.
+"""
 data = "owt"
 vocab = 50257
 grid = (1, 512)
@@ -9,7 +12,7 @@ n_classes = 1             # one label for all, never dropped
 label_dropout = 0.0
 method = "gidd"
 weight = "dynamic"
-clean_share = 0.1         # at this vocabulary the head costs more than the blocks
+clean_token_rate = 0.1         # at this vocabulary the head costs more than the blocks
 n_layer = 12
 n_head = 12
 n_embd = 768

@@ -1,5 +1,8 @@
-"""GIDD on bytes of any text, 128 at a time.   python train_ddpd.py configs/text_gidd.py
-The data first: python data.py text --file F --name text"""
+"""GIDD on bytes of any text, 128 at a time.
+
+python data.py text --file F --name text
+python train_ddpd.py configs/text_gidd.py
+"""
 data = "text"
 vocab = 256
 grid = (1, 128)

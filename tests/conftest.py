@@ -9,6 +9,14 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import config
+
+TINY = """
+    --image-size 8 --n-layer 1 --n-head 1 --n-embd 16 --base-width 16 --batch-size 4
+    --warmup-iters 2 --log-interval 1 --eval-interval 0 --save-interval 0 --eval-sequences 20
+    --eval-samples 2
+""".split()
+
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path_factory, monkeypatch, request):
@@ -16,7 +24,7 @@ def own_folder(tmp_path_factory, monkeypatch, request):
     folder = tmp_path_factory.getbasetemp() / request.module.__name__
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -33,7 +41,17 @@ def script(*args, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
-TINY = """
-    --image-size 8 --n-layer 1 --n-head 1 --n-embd 16 --base-width 16 --batch-size 4 --warmup-iters 2 --log-interval 1
-    --eval-interval 0 --save-interval 0 --eval-sequences 20 --eval-samples 2
-""".split()
+def tiny_config(out, *flags):
+    """The Config of a run in out/<out> that trains within a second."""
+    argv = [*TINY, "--out-dir", f"out/{out}", *map(str, flags)]
+    return config.load(argv=argv)
+
+
+def refusal(call, *args, **kwargs):
+    """The one line with which a call ends the program."""
+    with pytest.raises(SystemExit) as error:
+        call(*args, **kwargs)
+    message = error.value.code
+    assert isinstance(message, str)
+    assert len(message) > 10 and "\n" not in message
+    return message

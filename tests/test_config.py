@@ -1,17 +1,40 @@
+"""Config files and flags: what is read, what --help says, what is refused."""
+
+import inspect
+import io
+import math
+import re
 import time
-from dataclasses import fields
+import tokenize
+import typing
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
-from conftest import script
+from conftest import ROOT, refusal, script
 
 import config
+import data
+import evaluate
+import sample
 
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+# The flags of a script, and its dataclasses in which they are explained
+SCRIPTS = {
+    "train_ddpd.py": config.Config,
+    "sample.py": sample.Flags,
+    "evaluate.py": evaluate.Flags,
+    "data.py": data.Make,
+}
+
+# Flags that users of nanoGPT and minDDPD expect under these names
 FAMILY = """
---batch-size --planner-lr --denoiser-lr --max-iters --weight-decay --warmup-iters --lr-decay-iters --grad-clip
---grad-accumulation-steps --log-interval --eval-interval --save-interval --wandb-project --wandb-entity
---wandb-name --seed --compile --out-dir --data --image-size --levels --n-layer --n-head --n-embd --base-width
---ema-decay --label-dropout --denoiser-process --nets --method --overfit
+    --batch-size --planner-lr --denoiser-lr --max-iters --weight-decay --warmup-iters
+    --lr-decay-iters --grad-clip --grad-accumulation-steps --log-interval --eval-interval
+    --save-interval --wandb-project --wandb-entity --wandb-name --seed --compile --out-dir --data
+    --image-size --grey-levels --n-layer --n-head --n-embd --base-width --ema-decay
+    --label-dropout --denoiser-process --nets --method --overfit
 """.split()
 
 
@@ -20,11 +43,11 @@ def write(text, name="mine.py"):
     return name
 
 
-def refusal(*argv):
-    with pytest.raises(SystemExit) as error:
-        config.load(argv=[str(a) for a in argv])
-    assert error.value.code not in (0, None) and "\n" not in str(error.value)
-    return str(error.value)
+def load_refusal(*argv, cls=config.Config):
+    return refusal(config.load, cls, [str(arg) for arg in argv])
+
+
+# What is read
 
 
 def test_precedence():
@@ -32,9 +55,124 @@ def test_precedence():
     write('"""A header."""\nbatch_size = 8 * 16     # why\nseed = 3\nplanner_lr = 1', "one.py")
     write("seed = 4\nn_embd = 2 ** 7\nn_head = n_embd // 64", "two.py")
     cfg = config.load(argv=["one.py", "two.py", "--n-embd", "64"])
-    assert (cfg.batch_size, cfg.seed, cfg.n_embd, cfg.n_head, cfg.planner_lr) == (128, 4, 64, 2, 1.0)
-    assert cfg.n_layer == config.Config().n_layer and cfg.out_dir == "out/two"
-    assert config.load(argv=[]).out_dir == "out/default" and config.load(argv=["--out-dir", "x"]).out_dir == "x"
+    assert cfg.batch_size == 128
+    assert cfg.planner_lr == 1.0
+    assert cfg.seed == 4
+    assert cfg.n_head == 2
+    assert cfg.n_embd == 64
+    assert cfg.n_layer == config.Config().n_layer
+    assert cfg.out_dir == "out/two"
+    assert config.load(argv=[]).out_dir == "out/default"
+    assert config.load(argv=["--out-dir", "x"]).out_dir == "x"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_read_by_path_and_by_name(path):
+    """`digits` means configs/digits.py; each file starts with a header that has its command."""
+    cfg = config.load(argv=[str(path)])
+    assert cfg.out_dir == f"out/{path.stem}"
+    assert config.load(argv=[path.stem]) == cfg
+    text = path.read_text()
+    assert text.startswith('"""')
+    assert re.search(rf"train_ddpd\.py (configs/{path.name}|{path.stem})\b", text)
+
+
+def test_a_file_of_ones_own_goes_before_a_shipped_config():
+    write("batch_size = 3", "digits")
+    assert config.load(argv=["digits"]).batch_size == 3
+    Path("digits").unlink()
+    assert config.load(argv=["digits"]).batch_size == 64
+
+
+def test_a_name_and_flags_of_a_config_are_the_command_line_of_train_ddpd():
+    """`train_ddpd.py digits` starts with the values of configs/digits.py."""
+    flags = ["--vocab", 17, "--grid", 8, 8, "--n-classes", 10, "--dry-run"]
+    by_name = script("train_ddpd.py", "digits", *flags)
+    assert by_name.returncode == 0, by_name.stderr
+    by_path = script("train_ddpd.py", ROOT / "configs" / "digits.py", *flags)
+    first_line = by_name.stdout.splitlines()[0]
+    assert first_line == by_path.stdout.splitlines()[0]
+    assert "8 x 8 tokens, V = 17, 10 classes" in first_line and "batch 64" in first_line
+
+
+# What is explained
+
+
+def test_list_prints_every_config_with_a_line():
+    done = script("train_ddpd.py", "--list")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert [name for name, _ in lines] == [path.stem for path in CONFIGS]
+    for _, summary in lines:
+        assert len(summary) > 20 and "train_ddpd.py" not in summary
+
+
+def test_help_names_every_flag_and_answers_within_three_seconds():
+    began = time.perf_counter()
+    said = script("train_ddpd.py", "--help").stdout
+    assert time.perf_counter() - began < 3
+    assert "planner_lr" not in said
+    for flag in FAMILY:
+        assert flag + " " in said or flag + "," in said
+    names = [field.name for field in fields(config.Config)]
+    assert set(config.Config.FIXED) <= set(names)
+
+
+def test_help_shows_the_groups():
+    said = script("train_ddpd.py", "--help").stdout
+    places = []
+    for name, group in config.Config.GROUPS.items():
+        places.append(said.index(f"─ {name} options ─"))
+        assert one_line(group.__doc__) in one_line(said)
+    assert list(config.Config.GROUPS) == "data network optimisation method logging run".split()
+    assert places == sorted(places)
+
+
+def one_line(text):
+    """Without the boxes that --help draws and the places where it breaks lines."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def comments_of(cls):
+    """The comment beside each field of a dataclass, or above it.  -> {field: comment}"""
+    source = inspect.getsource(cls)
+    above = []
+    comments = {}
+    for line in source.splitlines():
+        tokens = tokenize.generate_tokens(io.StringIO(line.strip()).readline)
+        said = [token.string[2:] for token in tokens if token.type == tokenize.COMMENT]
+        if line.strip().startswith("#"):
+            above += said
+            continue
+        name = line.strip().split(":")[0]
+        if name in cls.__annotations__:
+            comments[name] = " ".join(said or above)
+        above = []
+    return comments
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_the_comment_of_every_field(name):
+    """Each field has a comment, beside or above it; --help shows it beside its flag."""
+    cls = SCRIPTS[name]
+    groups = cls.GROUPS.values() if hasattr(cls, "GROUPS") else [cls]
+    done = script(name, "--help")
+    assert done.returncode == 0
+    said = one_line(done.stdout)
+    comments = {}
+    for group in groups:
+        comments |= comments_of(group)
+    assert set(comments) == {field.name for field in fields(cls)}
+    for field in fields(cls):
+        comment = comments[field.name]
+        assert len(comment) > 3, field.name
+        assert comment in said, field.name
+        if field.default is not MISSING:
+            flag = "--" + field.name.replace("_", "-")
+            assert re.search(rf"{flag}\b[^-].*?{re.escape(comment)}", said), field.name
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(
@@ -58,40 +196,85 @@ def test_precedence():
     ],
 )
 def test_a_config_file_is_refused_by_line_key_and_value(text, said):
-    assert said in refusal(write(text))
+    assert said in load_refusal(write(text))
+
+
+def test_a_config_that_does_not_exist_is_refused():
+    assert "nothing.py" in load_refusal("nothing.py")
+    assert "nothing" in load_refusal("nothing")
 
 
 def test_typos_in_flags_name_the_nearest():
-    assert refusal("--bath-size", 3) == "unknown flag --bath-size; did you mean --batch-size?"
-    assert refusal("--planner_lrr=3") == "unknown flag --planner-lrr; did you mean --planner-lr?"
-    assert "nothing.py" in refusal("nothing.py")
-    for argv in (
+    nearest = "unknown flag --bath-size; did you mean --batch-size?"
+    assert load_refusal("--bath-size", 3) == nearest
+    nearest = "unknown flag --planner-lrr; did you mean --planner-lr?"
+    assert load_refusal("--planner_lrr=3") == nearest
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
         ["train_ddpd.py", "--bath-size", "3"],
-        ["sample.py", "out/x", "--lables", "3"],
-        ["evaluate.py", "--n-step=3"],
         ["train_ddpd.py", "--batch-size", "many"],
         ["train_ddpd.py", "--nets", "three"],
-    ):
-        done = script(*argv)
-        assert done.returncode != 0 and "Traceback" not in done.stderr
+        ["sample.py", "out/x", "--lables", "3"],
+        ["sample.py", "out/x", "--schedule", "never"],
+        ["evaluate.py", "--n-step=3"],
+    ],
+    ids=" ".join,
+)
+def test_bad_flags_are_refused_without_a_traceback(argv):
+    done = script(*argv)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
 
 
-def test_help_names_every_flag_and_answers_within_three_seconds():
-    began = time.perf_counter()
-    said = script("train_ddpd.py", "--help").stdout
-    assert time.perf_counter() - began < 3 and "planner_lr" not in said
-    for flag in FAMILY:
-        assert flag + " " in said or flag + "," in said
-    names = [f.name for f in fields(config.Config)]
-    source = Path(config.__file__).read_text()
-    for name in names:  # every field is explained
-        line = next(row for row in source.splitlines() if row.strip().startswith(name + ":"))
-        assert "# " in line, name
-    assert set(config.Config.FIXED) <= set(names)
+def bounded_fields():
+    """(options class, field, value outside) for all bounds of all options."""
+    cases = []
+    for cls in (config.Config, sample.Flags, evaluate.Flags):
+        for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+            for bound in getattr(kind, "__metadata__", ()):
+                step = 1 if typing.get_args(kind)[0] is int else 0.001
+                cases.append((cls, name, bound.low - step))
+                if bound.high < math.inf:
+                    cases.append((cls, name, bound.high + step))
+    return cases
 
 
-def test_shipped_configs_are_read():
-    for path in sorted((Path(config.__file__).parent / "configs").glob("*.py")):
-        cfg = config.load(argv=[str(path)])
-        assert cfg.out_dir == f"out/{path.stem}"
-        assert path.read_text().startswith('"""') and f"train_ddpd.py configs/{path.name}" in path.read_text()
+REQUIRED = {config.Config: [], sample.Flags: ["out/x"], evaluate.Flags: ["out/x"]}
+
+
+@pytest.mark.parametrize("cls, name, value", bounded_fields())
+def test_a_value_outside_of_its_bound_is_refused_by_name(cls, name, value):
+    flag = "--" + name.replace("_", "-")
+    said = load_refusal(*REQUIRED[cls], f"{flag}={value}", cls=cls)
+    assert said.startswith(f"{name} is {value}; it must ")
+
+
+def test_bounds_are_inclusive():
+    """The least and the largest value of every field of Config pass; all kinds of bounds occur."""
+    kinds = set()
+    for name, kind in typing.get_type_hints(config.Config, include_extras=True).items():
+        for bound in getattr(kind, "__metadata__", ()):
+            kinds.add(bound)
+            config.check_bounds(replace(config.Config(), **{name: bound.low}))
+            if bound.high < math.inf:
+                config.check_bounds(replace(config.Config(), **{name: bound.high}))
+    assert kinds == {config.Bound(1), config.Bound(0), config.Bound(0, 1)}
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("p-uniform", 1), ("p-uniform", -0.1), ("clean-token-rate", 0), ("clean-token-rate", 1.1)],
+)
+def test_half_open_intervals_are_refused_by_name(flag, value):
+    assert load_refusal(f"--{flag}={value}").startswith(flag.replace("-", "_"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--vocab", 17], ["--grid", 8, 8], ["--n-classes", 10], ["--vocab", 17, "--grid", 8, 0]],
+)
+def test_data_is_stated_as_a_whole(flags):
+    assert "stated together" in load_refusal(*flags)

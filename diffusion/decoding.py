@@ -1,0 +1,175 @@
+"""Guided network calls, categorical sampling, and the State that a sampler yields after each
+step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class State(NamedTuple):
+    x: Tensor                   # (B, N) tokens after the step
+    p_noise: Tensor             # (B, N) in [0, 1]: the map by which its sites were chosen
+    written: Tensor             # (B, N) bool: the sites written in this step
+    t: Tensor                   # (B,) noise level that the denoiser was given
+    nfe: Tensor                 # (B,) network calls so far
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn from a denoiser's logits; sample.py's flags bear these names."""
+    temperature: float = 1.0
+    top_k: int = 0              # draw from the k likeliest ids; 0: all
+    top_p: float = 1.0          # draw from the fewest likeliest ids with this probability mass
+    min_p: float = 0.0          # draw from ids at least this share as likely as the likeliest
+    guidance: float = 1.0       # 1: as trained; more: towards the label
+    null_label: int | None = None   # the class that stands for no label
+
+    def __post_init__(self):
+        allowed = {
+            "temperature": (self.temperature > 0, "above 0"),
+            "top_k": (self.top_k >= 0, "not negative"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+        }
+        for name, (is_good, rule) in allowed.items():
+            if not is_good:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}")
+        if self.guidance != 1 and self.null_label is None:
+            raise ValueError("guidance needs null_label, the class that stands for no label")
+
+
+DECODING_NAMES = tuple(field.name for field in fields(Decoding))
+
+
+def check_choice(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, not one of {', '.join(choices)}")
+
+
+def check_at_least(**limits: tuple[float, float]) -> None:
+    """Refuse, by name, numbers under their limits.  name=(value, least)"""
+    for name, (value, least) in limits.items():
+        if not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def cfg_logits(
+    net: Callable, x: Tensor, t: Tensor, label: Tensor, decoding: Decoding,
+    sites: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Classifier-free guidance: unlabelled + guidance * (labelled - unlabelled), both in one batch.
+
+    arXiv:2207.12598.  As net(x, t, label, sites)  ->  logits, network calls (1 or 2)
+    """
+    at_sites = () if sites is None else (sites,)
+    if decoding.guidance == 1:
+        return net(x, t, label, *at_sites), 1
+    twice = [torch.cat([y, y]) for y in (x, t, *at_sites)]
+    both_labels = torch.cat([label, torch.full_like(label, decoding.null_label)])
+    both = net(twice[0], twice[1], both_labels, *twice[2:])
+    both = both.clamp(-1e4, 1e4)                        # two impossible ids have no difference
+    labelled, unlabelled = both.chunk(2)
+    return unlabelled + decoding.guidance * (labelled - unlabelled), 2
+
+
+def truncate_probs(logits: Tensor, decoding: Decoding) -> Tensor:
+    """Probabilities after temperature, top-k, top-p and min-p.  (..., V) -> (..., V)"""
+    logits = logits / decoding.temperature
+    if 0 < decoding.top_k < logits.shape[-1]:
+        least = logits.topk(decoding.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probs = logits.softmax(-1)
+    if decoding.top_p == 1 and not decoding.min_p:
+        return probs
+    if decoding.top_p < 1:
+        sorted_probs, order = probs.sort(-1, descending=True)
+        # the first to reach top_p stays
+        is_dropped = sorted_probs.cumsum(-1) - sorted_probs >= decoding.top_p
+        probs = probs.masked_fill(is_dropped.scatter(-1, order, is_dropped), 0)
+    if decoding.min_p:
+        probs = probs.masked_fill(probs < decoding.min_p * probs.amax(-1, keepdim=True), 0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def sample_categorical(probs: Tensor, generator: torch.Generator) -> Tensor:
+    """One id from each distribution, by a float64 CDF that keeps tails.  (..., V) -> (...)"""
+    cdf = probs.double().cumsum(-1)
+    shape = (*probs.shape[:-1], 1)
+    u = torch.rand(shape, dtype=torch.float64, generator=generator, device=probs.device)
+    ids = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)
+    return ids.clamp_max(probs.shape[-1] - 1)[..., 0]
+
+
+def gather_at(probs: Tensor, x: Tensor) -> Tensor:
+    """The probability of each token x; anything at masks.  (B, N, V), (B, N) -> (B, N)"""
+    ids = x.clamp_max(probs.shape[-1] - 1)[..., None]
+    return probs.gather(-1, ids)[..., 0]
+
+
+class Draw(NamedTuple):
+    x: Tensor                   # (B, N) with new tokens at the sites asked for
+    p: Tensor                   # (B, N) probability of what was drawn, 0 elsewhere
+    calls: int                  # network calls of each row
+
+
+def sample_at(
+    denoiser: Callable | None, x: Tensor, t: Tensor, label: Tensor, where: Tensor,
+    decoding: Decoding, generator: torch.Generator, logits: Tensor | None = None,
+) -> Draw:
+    """Draw a token at every site of the mask `where`, in one network call (none without rows).
+
+    x, where (B, N), t (B, 1); logits (B, N, V) if they are known already  ->  Draw
+    """
+    if len(x) == 0:
+        return Draw(x, torch.zeros(x.shape, device=x.device), 0)
+    n_sites = where.sum(1, keepdim=True)
+    n_most = max(1, int(n_sites.max()))
+    sites = where.int().topk(n_most).indices                            # (B, K), padded
+    is_site = torch.arange(n_most, device=x.device) < n_sites           # (B, K) bool
+    calls = 0
+    if logits is None:
+        logits, calls = cfg_logits(denoiser, x, t, label, decoding, sites)      # (B, K, V)
+    else:
+        logits = logits.gather(1, sites[..., None].expand(-1, -1, logits.shape[-1]))
+    probs = truncate_probs(logits[is_site].float(), decoding)           # (n, V)
+    drawn = sample_categorical(probs, generator)                        # (n,)
+    ids = x.gather(1, sites)
+    ids[is_site] = drawn
+    p_drawn = torch.zeros(sites.shape, device=x.device)
+    p_drawn[is_site] = probs.gather(1, drawn[:, None])[:, 0]
+    p = torch.zeros(x.shape, device=x.device).scatter(1, sites, p_drawn)
+    return Draw(x.scatter(1, sites, ids), p, calls)
+
+
+def race_keys(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Keys whose descending order is a draw without replacement in proportion to weight.
+
+    An exponential race in float64, for float32 would cut its tails; weight 0 has key 0.
+    (B, N) -> (B, N)
+    """
+    race = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
+    return weight.double() / race.exponential_(generator=generator)
+
+
+def topk_mask(keys: Tensor, k: Tensor) -> Tensor:
+    """The k (B,) largest keys of each row, as a mask.  (B, N) -> (B, N) bool"""
+    rank = keys.argsort(1, descending=True).argsort(1)
+    return rank < k[:, None]
+
+
+def editable_mask(x: Tensor, known: Tensor | None) -> Tensor:
+    """The tokens that a sampler may write: all but those that are known.  (B, N) bool"""
+    return torch.ones_like(x, dtype=torch.bool) if known is None else ~known
+
+
+def check_all_masked(x: Tensor, editable: Tensor, vocab: int | None) -> int:
+    """The mask id of a sampler that starts from masks; refuses any other start."""
+    mask_id = int(x.max()) if vocab is None else vocab
+    if not (x == mask_id)[editable].all():
+        raise ValueError(
+            f"samplers of a mask denoiser start from masks, id {mask_id}, at all tokens not known"
+        )
+    return mask_id

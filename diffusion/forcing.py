@@ -1,0 +1,314 @@
+"""Diffusion Forcing (arXiv:2407.01392): a noise level for each frame or token."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.decoding import (
+    Decoding,
+    State,
+    cfg_logits,
+    check_at_least,
+    editable_mask,
+    gather_at,
+    sample_categorical,
+    truncate_probs,
+)
+from diffusion.gidd import gidd_tasks
+from diffusion.objectives import Task
+from diffusion.particles import Particles
+from diffusion.processes import Noise, posterior_noise_prob, sample_posterior, stratified_t
+
+# Levels
+
+
+def scheduling_matrix(n_steps: int, n_frames: int, lag: int, block: int = 1) -> Tensor:
+    """Noise level of each frame after each step: blocks of frames fall from 1 to 0, `lag` steps
+    after one another.
+
+    lag 0: the full sequence at once; lag = n_steps: autoregressive; between: the pyramid
+    (arXiv:2407.01392, fig. 3) ->  (n_steps + lag * (blocks - 1) + 1, n_frames)
+    """
+    if min(n_steps, n_frames, block) < 1 or lag < 0:
+        raise ValueError(
+            f"n_steps {n_steps}, n_frames {n_frames}, block {block} must be at least 1, "
+            f"and lag {lag} not negative"
+        )
+    first_row = lag * (torch.arange(n_frames) // block)  # at which a frame begins to fall
+    row = torch.arange(n_steps + int(first_row[-1]) + 1)[:, None]
+    return (1 - (row - first_row) / n_steps).clamp(0, 1)
+
+
+def rollout_levels(
+    grid: list[int], n_steps: int, frames: int = 0, lag: int = -1, context_frames: int = 0,
+) -> Tensor:
+    """The scheduling matrix of a rollout, with context frames at level 0; one column for grids that
+    are no video.
+
+    lag -1: frame by frame; 0: all together, one window after another; frames 0: as many as the grid
+    has  ->  (R, F)
+    """
+    if len(grid) != 3:
+        return scheduling_matrix(n_steps, 1, 0)
+    context_frames = min(context_frames, grid[0] - 1)
+    n_made = (frames or grid[0]) - context_frames
+    if n_made < 1:
+        raise ValueError(f"{frames} frames are no more than the {context_frames} that are given")
+    n_in_window = min(n_made, grid[0] - context_frames)
+    block = n_in_window if lag == 0 else 1
+    levels = scheduling_matrix(n_steps, n_made, n_steps if lag < 1 else lag, block)
+    return torch.cat([levels.new_zeros(len(levels), context_frames), levels], 1)
+
+
+def draw_levels(
+    n: int, n_frames: int, granularity: str, rollout_share: float, generator: torch.Generator,
+    context_frames: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Noise levels for training, and which frames enter the loss.  -> two (n, n_frames)
+
+    granularity  "frame" or "token": independent levels, but for a rollout_share of rows, which look
+                 like a rollout's; "shared": one level for all frames after the context, which is
+                 clean; "next": frame by frame only
+    """
+    independent = torch.rand(n, n_frames, generator=generator)
+    order = torch.arange(n_frames)
+    if granularity == "shared":
+        is_context = (order < context_frames).expand(n, n_frames)
+        levels = stratified_t(n, generator).expand(n, n_frames)
+        return levels.masked_fill(is_context, 0), ~is_context
+
+    u, *draws = torch.rand(6, n, 1, generator=generator)
+    is_rollout = u < (1.0 if granularity == "next" else rollout_share)
+    if granularity == "token":
+        levels = torch.where(is_rollout, independent[:, :1], independent)
+        return levels, torch.ones(n, n_frames, dtype=torch.bool)
+    levels, enters_loss = draw_rollout_rows(
+        independent[:, :1], draws, n_frames, granularity, context_frames
+    )
+    return torch.where(is_rollout, levels, independent), ~is_rollout | enters_loss
+
+
+def draw_rollout_rows(
+    level: Tensor, draws: list[Tensor], n_frames: int, granularity: str, context_frames: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows of scheduling matrices of any lag, from uniform draws (n, 1).  -> as draw_levels
+
+    Independent levels hardly ever show what a rollout asks for, exact zeros and ones beside each
+    other. Here frames fall after `context_frames` or more finished ones. In half of the rows
+    nothing is seen yet of the first frame that falls. The past may begin late, with frames before
+    it at level 1 as if unknown (histories of any length: arXiv:2502.06764), and for "frame" it is a
+    little noisy in a tenth of the rows. Frames that are finished or have not begun to fall are
+    excluded from the loss.
+    """
+    is_unseen, lag, first, start, past_level = draws
+    order = torch.arange(n_frames)
+    if granularity == "next":
+        lag = torch.ones_like(lag)
+        past_level = torch.zeros_like(past_level)
+    else:
+        lag = (5 * lag ** (1 / 3)).floor() / 4                  # over n_steps; mostly long ones
+        past_level = (past_level - 0.9).clamp_min(0)
+    first_falling = context_frames + ((n_frames - context_frames) * first).floor()
+    past_start = ((first_falling - context_frames + 1) * start).floor()
+    progress = torch.where(is_unseen < 0.5, 0.0, level) - lag * (order - first_falling)
+    levels = torch.where(order < first_falling, past_level, (1 - progress).clamp(0, 1))
+    levels = levels.masked_fill(order < past_start, 1)
+    return levels, (order >= first_falling) & (progress >= 0)
+
+
+def forcing_tasks(
+    x0: Tensor, levels: Tensor, loss_mask: Tensor | None, label: Tensor, noise: Noise,
+    generator: torch.Generator, known: Tensor | None = None, *, weight: str = "none",
+    clean_token_rate: float = 1.0,
+) -> dict[str, Task]:
+    """GIDD's loss with a level for each frame, which the denoiser is told.  -> {network: Task}
+
+    levels and loss_mask (B, F), F frames of N / F tokens
+    """
+    frame_size = x0.shape[1] // levels.shape[1]
+    t = levels.repeat_interleave(frame_size, 1)
+    if known is not None:
+        t = t.masked_fill(known, 0)
+    if loss_mask is not None:
+        loss_mask = loss_mask.repeat_interleave(frame_size, 1)
+    return gidd_tasks(
+        x0, t, label, noise, generator, known, weight=weight, clean_token_rate=clean_token_rate,
+        loss_mask=loss_mask,
+    )
+
+
+# Rollouts
+
+
+@torch.no_grad()
+def rollout(
+    denoiser: Callable, x: Tensor, label: Tensor, levels: Tensor, *, generator: torch.Generator,
+    process: str = "hybrid", vocab: int | None = None, p_uniform: float = 0.1,
+    known: Tensor | None = None, window: int = 0, stabilization_level: float = 0.0,
+    context_level: float = 0.0, kv_cache=None, reward: Callable | None = None,
+    reward_weight: float = 1.0, particles: int = 1, n_draws: int = 1, **decoding,
+) -> Iterator[State]:
+    """Every frame falls from noise to data along a column of levels, by the posterior at its level.
+
+    x (B, N) pure noise but for known tokens, levels (R, F) as of rollout_levels, F frames of N / F
+    tokens  ->  yields State, one for each row in which frames fall.
+    window     frames that the denoiser sees, 0: all; it slides, with the latest falling frame at
+               its end. Where there are fewer frames the missing ones are noise, and dropped
+    stabilization_level, context_level   noise levels told of finished frames and of known tokens,
+               so that the denoiser may distrust them
+    kv_cache   of a causal denoiser: finished frames are computed once
+    reward     predicted clean tokens (B, N) -> (B,). Rows are groups of `particles`, each of one
+               label and one `known`, that sample p(x) exp(reward_weight reward(x)) (particles.py)
+    """
+    options = Decoding(**decoding)
+    noise = Noise(process, int(x.max()) if vocab is None else vocab, p_uniform)
+    check_at_least(window=(window, 0), particles=(particles, 1), n_draws=(n_draws, 1))
+    check_told_levels(noise, stabilization_level, context_level)
+    check_rollout(x, levels, noise, vocab, window, particles)
+    if kv_cache is not None and (reward or options.guidance != 1):
+        raise ValueError("a cache holds one set of rows: it goes without reward and guidance")
+
+    n_tokens = x.shape[1]
+    editable = editable_mask(x, known)
+    x, editable, levels = pad_to_window(x, editable, levels, window, noise, generator)
+    swarm = Particles(reward, reward_weight, particles, n_draws, x, generator) if reward else None
+    steps = [i for i in range(len(levels) - 1) if (levels[i] > levels[i + 1]).any()]
+    nfe = torch.zeros_like(label)
+    for i in steps:
+        view = view_of_step(levels[i], levels[i + 1], window or len(levels[i]), kv_cache, editable)
+        t_input = torch.where(view.t == 0, stabilization_level, view.t)
+        t_input = torch.where(view.editable, t_input, context_level)
+        logits, calls = ask_denoiser(
+            denoiser, x[:, view.seen], t_input, label, options, kv_cache, view.n_finished
+        )
+        nfe = nfe + calls
+        noise = replace(noise, vocab=logits.shape[-1])
+        probs = truncate_probs(logits.float(), options)                     # (B, n, V)
+        p_at_x = gather_at(probs, x[:, view.seen])                          # (B, n)
+        p_noise_seen = posterior_noise_prob(p_at_x, x[:, view.seen], view.t, noise) * (view.t > 0)
+        if swarm:
+            gains = swarm.expected_reward(x, view.seen, probs, p_noise_seen, n_tokens)
+            rows = swarm.reweight_and_resample(gains)
+            x, probs, p_at_x, p_noise_seen = (y[rows] for y in (x, probs, p_at_x, p_noise_seen))
+
+        before = x.clone()
+        x[:, view.falling] = draw_fall(x, probs, p_at_x, view, noise, generator)
+        written = x != before
+        p_noise = torch.zeros(x.shape, device=x.device)
+        p_noise[:, view.seen] = p_noise_seen
+        if swarm and i == steps[-1]:
+            rows = swarm.reweight_and_resample(reward(x[:, :n_tokens]), always=True)
+            x, p_noise, written = (y[rows] for y in (x, p_noise, written))
+        mean_t = view.t.sum(1) / (view.t > 0).sum(1).clamp_min(1)
+        shown = (y[:, :n_tokens] for y in (x.clone(), p_noise, written))
+        yield State(*shown, mean_t, nfe)
+
+
+class View(NamedTuple):
+    """The tokens that one step of a rollout sees and writes."""
+    seen: slice                 # of x: n tokens, those of the window's frames
+    falling: slice              # of x: those of the frames that fall
+    falling_in_seen: slice      # of the n tokens seen
+    t: Tensor                   # (B, n) level before the step, 0 at known tokens
+    s: Tensor                   # (B, n) level after it
+    editable: Tensor            # (B, n) bool
+    n_finished: int             # frames at the start of the window that are finished
+
+
+def view_of_step(t: Tensor, s: Tensor, window: int, kv_cache, editable: Tensor) -> View:
+    """Frames at levels t (F,) that fall to s (F,), in a window of frames.  editable (B, N)"""
+    size = editable.shape[1] // len(t)
+    frames = (t > s).nonzero()[:, 0].tolist()
+    first, end = visible_frames(frames, len(t), window, kv_cache)
+    seen = slice(first * size, end * size)
+    falling = slice(frames[0] * size, (frames[-1] + 1) * size)
+    is_editable = editable[:, seen]
+    return View(
+        seen, falling, slice(falling.start - seen.start, falling.stop - seen.start),
+        t=t[first:end].repeat_interleave(size) * is_editable,
+        s=s[first:end].repeat_interleave(size) * is_editable,
+        editable=is_editable,
+        n_finished=int((t[first:end] > 0).int().argmax()),
+    )
+
+
+def visible_frames(falling: list[int], n_frames: int, window: int, kv_cache) -> tuple[int, int]:
+    """The frames that the denoiser sees while some fall.  -> first, end"""
+    end = falling[-1] + 1
+    if kv_cache is None:
+        end = max(end, min(window, n_frames))
+        first = max(0, end - window)
+    else:
+        first = kv_cache.n_kept
+    if falling[0] < max(first, end - window):
+        raise ValueError(
+            f"frames {falling[0]} to {falling[-1]} fall together: too many for a window of {window}"
+        )
+    return first, end
+
+
+def ask_denoiser(
+    denoiser: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding, kv_cache,
+    n_finished: int,
+) -> tuple[Tensor, int]:
+    """-> logits (B, n, V), network calls"""
+    if kv_cache is not None:
+        return denoiser(x, t, label, None, kv_cache, n_finished), 1
+    return cfg_logits(denoiser, x, t, label, options)
+
+
+def draw_fall(
+    x: Tensor, probs: Tensor, p_at_x: Tensor, view: View, noise: Noise, generator: torch.Generator,
+) -> Tensor:
+    """New tokens of the frames that fall, from the posterior at each token's own level."""
+    at = view.falling_in_seen
+    old = x[:, view.falling]
+    t, s = view.t[:, at], view.s[:, at]
+    draws = sample_categorical(probs[:, at], generator)
+    new = sample_posterior(draws, p_at_x[:, at], old, t, s, noise, generator)
+    return torch.where(t > s, new, old)
+
+
+def check_told_levels(noise: Noise, stabilization_level: float, context_level: float) -> None:
+    """Refuse levels that mean nothing."""
+    check_at_least(stabilization_level=(stabilization_level, 0), context_level=(context_level, 0))
+    if (stabilization_level or context_level) and noise.only_masks:
+        raise ValueError(
+            "stabilization needs uniform noise: with masks a visible token is certain at any level"
+        )
+
+
+def check_rollout(
+    x: Tensor, levels: Tensor, noise: Noise, vocab: int | None, window: int, particles: int,
+) -> None:
+    """Refuse shapes that do not fit each other."""
+    if len(x) % particles or x.shape[1] % levels.shape[1]:
+        raise ValueError(
+            f"{len(x)} rows of {x.shape[1]} tokens are not groups of {particles} particles and "
+            f"{levels.shape[1]} frames"
+        )
+    if vocab is None and not noise.row.starts_masked and window > levels.shape[1]:
+        raise ValueError(f"a window of {window} frames around {levels.shape[1]} needs vocab")
+
+
+def pad_to_window(
+    x: Tensor, editable: Tensor, levels: Tensor, window: int, noise: Noise,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise frames behind the last one, where the window holds more; known frames at level 0."""
+    frame_size = x.shape[1] // levels.shape[1]
+    n_missing = max(0, window - levels.shape[1])
+    if n_missing:
+        shape = (len(x), n_missing * frame_size)
+        padding = torch.randint(noise.vocab, shape, generator=generator, device=x.device)
+        if noise.row.starts_masked:
+            padding = torch.full_like(padding, noise.vocab)
+        x = torch.cat([x, padding], 1)
+        editable = torch.cat([editable, torch.ones_like(padding, dtype=torch.bool)], 1)
+    levels = torch.cat([levels, levels.new_ones(len(levels), n_missing)], 1)
+    levels = levels.to(x.device, torch.float32)
+    is_known = ~editable.view(len(x), -1, frame_size).any(2).any(0)         # (F,)
+    return x.clone(), editable, levels.masked_fill(is_known, 0)

@@ -1,0 +1,145 @@
+"""GIDD (arXiv:2503.04482): the likelihood bound of mixed mask and uniform noise as a training loss.
+
+With a, m, c and C the weights of keep, mask, redraw and their sum (processes.Process), and
+b = c / V, the law of the noisy token is q_t(j | p) = (a p_j + b) / C at a data token j and m / C at
+the mask. The loss of a token is
+    w [ KL(q_t(. | x0) || q_t(. | p)) + r - log r - 1 ],    r = q_t(x_t | x0) / q_t(x_t | p),
+where p is the denoiser's leave-one-out prediction and w a weight of token_weights.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.objectives import Task, denoiser_loss, level_per_token
+from diffusion.processes import T_MAX, T_MIN, Noise, corrupt, require_posterior
+
+CPU_BLOCK_LOGITS = 2**18    # at once on a CPU: nine passes are made over them, so they fit a cache
+
+
+def token_weights(x0: Tensor, z: Tensor, t: Tensor, noise: Noise, weight: str) -> Tensor:
+    """The weight of each token's loss.  x0, z (noisy tokens) and t (n,) -> (n,)
+
+    "dynamic": 1 / odds_power at a mask (2 for hybrid noise), 1 at another token, o / (1 + o) at the
+    clean token, with o the odds of noise that looks like it; "elbo": that times odds_power /
+    (t (1 - t)), as the bound has it; "clip": elbo, at most 1; "none": 1
+    """
+    if weight == "none":
+        return torch.ones_like(t)
+    require_posterior(noise)
+    _, _, redraw, _ = noise.row.weights(t, noise.p_uniform)
+    odds = redraw / (noise.vocab * (1 - t))
+    visible = torch.where(z == x0, odds / (1 + odds), 1.0)
+    dynamic = torch.where(z == noise.vocab, 1 / noise.row.odds_power, visible)
+    if weight == "dynamic":
+        return dynamic
+    elbo = dynamic / (t * (1 - t)) * noise.row.odds_power
+    return elbo.clamp_max(1.0) if weight == "clip" else elbo
+
+
+def gidd_tasks(
+    x0: Tensor, t: Tensor, label: Tensor, noise: Noise, generator: torch.Generator,
+    known: Tensor | None = None, *, weight: str = "dynamic", clean_token_rate: float = 1.0,
+    loss_mask: Tensor | None = None,
+) -> dict[str, Task]:
+    """One denoiser on all tokens by the bound's loss, or by CE at noise tokens (weight "none").
+
+    t (B, 1), or (B, N) with a level for each token  ->  {network: Task}. Nothing is learned at
+    level 0, of known tokens, or outside of loss_mask (B, N). Of the clean tokens a share
+    clean_token_rate enters, weighted up: the same loss on average.
+    """
+    level = level_per_token(t, x0, known)
+    is_asked = level > 0 if loss_mask is None else (level > 0) & loss_mask
+    xt, is_noise = corrupt(x0, level, noise, generator)
+    is_in = torch.rand(x0.shape, generator=generator) < clean_token_rate
+    if weight == "none" or noise.only_masks:
+        is_in = is_noise
+    sites = (((xt != x0) | is_in) & is_asked).flatten().nonzero()[:, 0]
+    target = x0.flatten()[sites]
+    if weight == "none":
+        return {"denoiser": Task(xt, t, label, sites, target, denoiser_loss)}
+
+    z = xt.flatten()[sites]
+    t_site = level.clamp(T_MIN, T_MAX).flatten()[sites]
+    w = token_weights(target, z, t_site, noise, weight)
+    w = torch.where(z == target, w / clean_token_rate, w)
+    loss = functools.partial(gidd_loss, noise=noise)
+    n_asked = is_asked.sum().item()
+    return {"denoiser": Task(xt, t, label, sites, target, loss, (z, t_site, w), n_asked)}
+
+
+def gidd_loss(
+    logits: Tensor, x0: Tensor, z: Tensor, t: Tensor, weight: Tensor, noise: Noise,
+) -> Tensor:
+    """The weighted loss of each token, nats; with masks alone, weight (1 - t) CE at masks.
+
+    logits (n, V), x0 (n,), z (n,) in [0, V], t and weight (n,)  ->  (n,)
+    """
+    if noise.only_masks:
+        ce = F.cross_entropy(logits, x0, reduction="none")
+        return torch.where(z == noise.vocab, weight * (1 - t) * ce, 0.0)
+    require_posterior(noise)
+    return GiddLoss.apply(logits, x0, z, t, weight, noise)
+
+
+class GiddLoss(torch.autograd.Function):
+    """gidd_loss with its gradient formed in the forward pass.
+
+    The value needs the softmax p and S = sum_j log(1 + a p_j / b), a sum over the vocabulary; the
+    gradient needs the same terms again. Formed together they share them, and the only (n, V) tensor
+    kept for the backward pass is the gradient itself, one head chunk at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, x0, z, t, weight, noise):
+        n, vocab = logits.shape
+        n_rows = max(1, CPU_BLOCK_LOGITS // vocab) if logits.device.type == "cpu" else max(1, n)
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        losses = []
+        for start in range(0, n, n_rows):
+            rows = slice(start, start + n_rows)
+            block = (logits[rows], x0[rows], z[rows], t[rows], weight[rows])
+            losses.append(loss_and_grad(*block, noise, None if grad is None else grad[rows]))
+        ctx.save_for_backward(grad)
+        return torch.cat(losses) if losses else weight
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grad, = ctx.saved_tensors
+        grad = grad.mul_(upstream[:, None])             # in place: there is one backward pass
+        return grad, None, None, None, None, None
+
+
+def loss_and_grad(
+    logits: Tensor, x0: Tensor, z: Tensor, t: Tensor, weight: Tensor, noise: Noise,
+    grad: Tensor | None,
+) -> Tensor:
+    """The loss of some rows (n,); d loss / d logits is written to grad (n, V), if there is one."""
+    vocab = logits.shape[1]
+    a, _, c, total = noise.row.weights(t, noise.p_uniform)
+    b = c / vocab
+    ratio = a / b.clamp_min(torch.finfo(logits.dtype).tiny)             # a / b
+    probs = logits.softmax(-1)                                          # (n, V)
+    at_x0_and_z = torch.stack([x0, z.clamp_max(vocab - 1)], 1)          # (n, 2)
+    p_x0, p_z = probs.gather(1, at_x0_and_z).unbind(1)
+    is_mask = z == vocab
+    is_clean = z == x0
+
+    q = (probs * ratio[:, None]).add_(1)                                # (n, V): 1 + a p_j / b
+    sum_log_q = q.log().sum(-1)                                         # S
+    kl = ((a + b) * ratio.log1p() - a * (ratio * p_x0).log1p() - b * sum_log_q) / total
+    r = torch.where(is_clean, 1 + ratio, 1.0) / (1 + ratio * p_z)       # q_t(z | x0) / q_t(z | p)
+    itakura_saito = torch.where(is_mask, 0.0, r - r.log() - 1)
+
+    if grad is not None:
+        # dL/dp_j: S gives -w b/C a/(b + a p_j) for every j, in place; x0 and z add their own terms
+        d_probs = torch.div((-weight * b / total * ratio)[:, None], q, out=q)
+        d_log = ratio[:, None] / (1 + ratio[:, None] * torch.stack([p_x0, p_z], 1))
+        factor = torch.stack([-weight * a / total, torch.where(is_mask, 0.0, weight * (1 - r))], 1)
+        d_probs.scatter_add_(1, at_x0_and_z, factor * d_log)
+        # through the softmax: dL/dlogit_j = p_j (dL/dp_j - sum_k p_k dL/dp_k)
+        mean = torch.linalg.vecdot(probs, d_probs)[:, None]
+        torch.mul(probs, d_probs.sub_(mean), out=grad)
+    return weight * (kl + itakura_saito)

@@ -1,0 +1,173 @@
+"""Upper bounds on -log p(x0): expectations over t of what the elbo_* functions return.
+
+They return nats of each token.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.gidd import gidd_loss, token_weights
+from diffusion.processes import Noise, corrupt, split_planner_denoiser
+
+LEVEL_MIN = 1e-8            # truncated at T_MIN it is no bound: .19 nats too low on three tokens
+BATCH = 64                  # sequences at once, at most
+MAX_LOGITS = 2**24
+
+
+def elbo_masked(probs: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Masked diffusion: (1/t) CE at masks. Tight for exact networks.
+
+    probs (B, N, V) = p(x0 | x_t), x and x0 (B, N), t (B, 1)  ->  (B, N)
+    """
+    ce = -probs.gather(-1, x0[..., None])[..., 0].log()
+    return torch.where(x == probs.shape[-1], ce, 0.0) / t
+
+
+def true_noise_prob(x: Tensor, x0: Tensor, t: Tensor, vocab: int) -> Tensor:
+    """P(noise | x_t, x0) under uniform noise.  -> (B, N)"""
+    return torch.where(x != x0, 1.0, t / vocab / (1 - t + t / vocab))
+
+
+def elbo_tau_leaping(p_noise: Tensor, probs: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Planner and denoiser under the law of schedule "leap" of samplers.ddpd.
+
+    Loose even for exact networks: rates that read x alone forget which tokens are done.
+    p_noise (B, N), probs (B, N, V) = p(x0 | x_t, noise)  ->  (B, N)
+    """
+    truth = true_noise_prob(x, x0, t, probs.shape[-1])
+    p_x0 = probs.gather(-1, x0[..., None])[..., 0]
+    return (p_noise - truth - truth * (p_noise * p_x0).log()) / t
+
+
+def elbo_renoising(p_noise: Tensor, probs: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Planner and denoiser in the chain that also re-noises, as uniform ancestral sampling does.
+
+    sum over j != x of L_j - M_j + M_j log(M_j / L_j), with the rates L of the model and M of the
+    truth. Tight for exact networks.  As elbo_tau_leaping
+    """
+    redraw_rate = 1 / (probs.shape[-1] * (1 - t))[..., None]            # of falling to any one id
+    truth = true_noise_prob(x, x0, t, probs.shape[-1])[..., None]
+    is_x0 = torch.zeros_like(probs).scatter(-1, x0[..., None], 1.0)
+    model_rate = p_noise[..., None] * (probs / t[..., None] + redraw_rate)
+    true_rate = truth * (is_x0 / t[..., None] + redraw_rate)
+    terms = model_rate - true_rate + torch.special.xlogy(true_rate, true_rate / model_rate)
+    return terms.scatter(-1, x[..., None], 0.0).sum(-1)
+
+
+class Corrupted(NamedTuple):
+    """A batch at which a bound is evaluated."""
+    x: Tensor                   # (B, N) noisy tokens
+    x0: Tensor                  # (B, N)
+    label: Tensor               # (B,)
+    t: Tensor                   # (B, 1) noise level of the sequence
+    levels: Tensor              # (B, N) noise level of each token, 0 where it is known
+    noise: Noise
+    path: str                   # along which the levels rise
+
+
+# The bounds of each method's networks: (nets, batch) -> {name: nats (B, N)}
+
+
+def masked_bound(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
+    logits = nets["denoiser"](batch.x, batch.t.float(), batch.label)
+    return {"masked": elbo_masked(logits.double().softmax(-1), batch.x, batch.x0, batch.t)}
+
+
+def pair_bounds(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
+    probs = nets["denoiser"](batch.x, batch.t.float(), batch.label).double().softmax(-1)
+    p_noise = nets["planner"](batch.x, batch.t.float(), batch.label).double().sigmoid()
+    return planner_bounds(p_noise, probs, batch)
+
+
+def single_bounds(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
+    probs = nets["denoiser"](batch.x, batch.t.float(), batch.label).double().softmax(-1)
+    return planner_bounds(*split_planner_denoiser(probs, batch.x, batch.t, batch.noise), batch)
+
+
+def planner_bounds(p_noise: Tensor, probs: Tensor, batch: Corrupted) -> dict[str, Tensor]:
+    at = (p_noise, probs, batch.x, batch.x0, batch.t)
+    return {"renoise": elbo_renoising(*at), "leap": elbo_tau_leaping(*at)}
+
+
+def gidd_bound(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
+    logits = nets["denoiser"](batch.x, batch.t.float(), batch.label)
+    return {"gidd": elbo_gidd(logits.double(), batch)}
+
+
+def forcing_bound(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
+    """The denoiser is told each token's level, and each path has a bound of its own."""
+    logits = nets["denoiser"](batch.x, batch.levels.float(), batch.label)
+    return {batch.path: elbo_gidd(logits.double(), batch)}
+
+
+def elbo_gidd(logits: Tensor, batch: Corrupted) -> Tensor:
+    """GIDD's loss with the bound's weights, at each token's own level.  -> (B, N)"""
+    x, x0, noise = batch.x.flatten(), batch.x0.flatten(), batch.noise
+    t = batch.levels.clamp(LEVEL_MIN, 1 - LEVEL_MIN).flatten()
+    weight = token_weights(x0, x, t, noise, "elbo")
+    return gidd_loss(logits.flatten(0, 1), x0, x, t, weight, noise).view(batch.x.shape)
+
+
+def levels_along(path: str, u: Tensor, n_tokens: int, n_frames: int) -> tuple[Tensor, Tensor]:
+    """Levels on a path from data to noise, and how fast each rises: d level / du.
+
+    "shared": all tokens together, t = u^2; "frames": the last frame first, each as a square from 0
+    to 1 in its turn.  u (B, 1) in (0, 1)  ->  (B, N), (B, N)
+    """
+    n_turns = 1 if path == "shared" else n_frames
+    turn = (u * n_turns).floor()
+    u_turn = u * n_turns % 1
+    order = torch.arange(n_turns - 1, -1, -1, device=u.device)
+    order = order.repeat_interleave(n_tokens // n_turns)
+    levels = torch.where(order == turn, u_turn**2, (order < turn).to(u))
+    return levels, torch.where(order == turn, 2 * u_turn * n_turns, 0.0)
+
+
+@torch.no_grad()
+def bits_per_token(
+    nets: dict[str, Callable], bounds: Callable, x0: Tensor, label: Tensor, noise: Noise,
+    generator: torch.Generator, *, known: Tensor | None = None,
+    paths: tuple[str, ...] = ("shared",), n_frames: int = 1, max_logits: int = MAX_LOGITS,
+) -> dict[str, tuple[float, float]]:
+    """Upper bounds on -log2 p(x0) / N, from one level for each sequence.
+
+    t = u^2 with u stratified on (0, 1), so the weight is 2u. x0 (n, N), label (n,), bounds one of
+    the functions above; known (n, N) bool: tokens that are given and not counted
+    ->  {bound: (bits per token, standard error)}, empty where the process has no closed form
+    """
+    if not noise.has_posterior:
+        return {}
+    n, n_tokens = x0.shape
+    u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    u = u.to(x0.device, torch.float64)[:, None]
+    order = torch.randperm(n, generator=generator)
+    is_counted = torch.ones_like(x0, dtype=torch.bool) if known is None else ~known
+    nats = {}                                           # bound -> parts (b,) of sequences
+    n_batch = max(1, min(BATCH, max_logits // (n_tokens * noise.vocab)))
+    for i in torch.arange(n).split(n_batch):
+        row = order[i]
+        for path in paths:
+            levels, speed = levels_along(path, u[i], n_tokens, n_frames)
+            t = levels[:, :1].clamp(LEVEL_MIN, 1 - LEVEL_MIN)
+            if path == "shared":
+                levels = levels.clamp(LEVEL_MIN, 1 - LEVEL_MIN)
+            levels = levels * is_counted[row]
+            x, _ = corrupt(x0[row].cpu(), levels.cpu(), noise, generator)
+            x = x.to(x0.device)
+            batch = Corrupted(x, x0[row], label[row], t, levels, noise, path)
+            for name, per_token in bounds(nets, batch).items():
+                counted = torch.where(is_counted[row], per_token, 0.0)
+                nats.setdefault(name, []).append((speed * counted).sum(1))
+    unit = is_counted.sum(1).double().mean() * math.log(2)      # of a sequence, in nats
+    return {name: mean_and_error(torch.cat(parts) / unit) for name, parts in nats.items()}
+
+
+def mean_and_error(y: Tensor) -> tuple[float, float]:
+    """Mean of stratified draws (n,) and its error: neighbouring strata differ by noise alone."""
+    n = len(y)
+    differences = y[: n - n % 2].view(-1, 2).diff(dim=1)
+    return y.mean().item(), differences.square().sum().sqrt().item() / n

@@ -1,0 +1,77 @@
+"""Sequential Monte Carlo: groups of sequences that target p(x) exp(weight * reward(x))."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffusion.decoding import sample_categorical
+
+
+class Particles:
+    """Groups of sequences whose weights follow a reward as it becomes known.
+
+    reward: tokens (B, N) -> (B,);  n particles in each group of consecutive rows;  rewards are
+    means over n_draws
+    """
+
+    def __init__(
+        self, reward: Callable, weight: float, n: int, n_draws: int, x: Tensor,
+        generator: torch.Generator,
+    ):
+        self.reward = reward
+        self.weight = weight
+        self.n = n
+        self.n_draws = n_draws
+        self.last_reward = torch.zeros(len(x), device=x.device)
+        self.log_weights = torch.zeros(len(x), device=x.device)
+        # a separate generator, so that SMC leaves the sampler's stream unchanged
+        seed = generator.initial_seed() + 1
+        self.generator = torch.Generator(x.device).manual_seed(seed)
+
+    def expected_reward(
+        self, x: Tensor, seen: slice, probs: Tensor, p_noise: Tensor, n_tokens: int,
+    ) -> Tensor:
+        """Mean reward of clean tokens predicted at `seen`.
+
+        x (B, N), of which the first n_tokens count; probs (B, n, V), p_noise (B, n) at the tokens
+        seen  ->  (B,)
+        """
+        total = torch.zeros(len(x), device=x.device)
+        for _ in range(self.n_draws):
+            u = torch.rand(p_noise.shape, generator=self.generator, device=x.device)
+            draws = sample_categorical(probs, self.generator)
+            clean = x.clone()
+            clean[:, seen] = torch.where(u < p_noise, draws, x[:, seen])
+            total += self.reward(clean[:, :n_tokens])
+        return total / self.n_draws
+
+    def reweight_and_resample(self, reward: Tensor, always: bool = False) -> Tensor:
+        """Weigh each row by what its reward (B,) has gained, and resample.  -> rows (B,) to keep"""
+        self.log_weights = self.log_weights + self.weight * (reward - self.last_reward)
+        rows, self.log_weights = resample(self.log_weights, self.n, self.generator, always)
+        self.last_reward = reward[rows]
+        return rows
+
+
+def resample(log_weights: Tensor, n_particles: int, generator: torch.Generator,
+             always: bool = False) -> tuple[Tensor, Tensor]:
+    """Systematic resampling of the groups whose effective size is under half (always: whose weights
+    differ).
+
+    log_weights (B,), groups of n_particles rows  ->  rows (B,), log_weights (B,): 0 where a group
+    was resampled
+    """
+    groups = log_weights.view(-1, n_particles)
+    w = groups.double().softmax(1)
+    if always:
+        is_resampled = groups.amax(1) > groups.amin(1)
+    else:
+        is_resampled = w.square().sum(1).reciprocal() < n_particles / 2
+    own = torch.arange(n_particles, device=w.device)
+    u = torch.rand(len(w), 1, dtype=torch.float64, generator=generator, device=w.device)
+    points = (u + own) / n_particles
+    chosen = torch.searchsorted(w.cumsum(1).clamp_max(1), points).clamp_max(n_particles - 1)
+    start_of_group = torch.arange(len(w), device=w.device)[:, None] * n_particles
+    rows = torch.where(is_resampled[:, None], chosen, own) + start_of_group
+    return rows.flatten(), torch.where(is_resampled[:, None], 0.0, groups).flatten()

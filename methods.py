@@ -1,0 +1,326 @@
+"""One table of methods: networks, noise, what they learn, likelihood bounds, samplers that fit.
+
+A new method is a loss, a sampler, a row of METHODS and a config. A new sampler is its function in
+diffusion/samplers.py and an entry in `samplers` of the methods that it fits.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import model
+from diffusion import forcing, gidd, likelihood, objectives, samplers
+from diffusion.decoding import DECODING_NAMES, State
+from diffusion.processes import Noise, require_posterior, stratified_t
+from support import checkpoint
+
+
+class Sampler(NamedTuple):
+    """A sampler as a method uses it."""
+    function: Callable                  # its keyword arguments are what a user may set
+    call: Callable                      # (spec, nets, x, label, **options) -> yields State
+    more_options: tuple[str, ...] = ()  # options that `call` reads itself
+
+
+class Method(NamedTuple):
+    networks: dict[str, bool]           # name -> is it told the noise level t?
+    process: Callable                   # config -> the forward process of the denoiser's noise
+    tasks: Callable                     # (spec, x0, t, label, known, generator) -> {network: Task}
+    bounds: Callable                    # one of likelihood.*_bound
+    samplers: dict[str, Sampler]        # name -> how; the first is the default
+    has_own_levels: bool = False        # a noise level for each frame or token; sampled by rollouts
+
+
+class Spec(NamedTuple):
+    """What a run is, worked out once from its config and its data's meta."""
+    config: dict[str, Any]              # the fields of config.Config
+    meta: dict[str, Any]                # the data's meta.json
+    name: str                           # of the method, a row of METHODS
+    method: Method
+    noise: Noise                        # the denoiser's
+    shape: model.Shape                  # of both networks
+
+    @property
+    def grid(self) -> list[int]:
+        return self.meta["grid"]
+
+    @property
+    def vocab(self) -> int:
+        return self.meta["vocab"]
+
+    @property
+    def n_classes(self) -> int:
+        return self.meta["n_classes"]
+
+    @property
+    def is_video(self) -> bool:
+        return self.shape.is_video
+
+    @property
+    def n_frames(self) -> int:
+        """Frames that have a noise level of their own; 1 for what is no video."""
+        return self.grid[0] if self.is_video else 1
+
+
+def method_name(config: dict[str, Any]) -> str:
+    if config["method"] != "ddpd":
+        return config["method"]
+    if config["nets"] == "single":
+        return "ddpd-single"
+    return "ddpd-mask" if config["denoiser_process"] == "mask" else "ddpd-uniform"
+
+
+def spec_of(config: dict[str, Any], meta: dict[str, Any]) -> Spec:
+    """Raises ValueError for networks that cannot be built, and noise that does not fit."""
+    name = method_name(config)
+    method = METHODS[name]
+    noise = Noise(method.process(config), meta["vocab"], config["p_uniform"])
+    if name == "ddpd-single":
+        require_posterior(noise)                        # from which planner and denoiser are split
+    return Spec(config, meta, name, method, noise, model.shape_of(config, meta))
+
+
+def build(spec: Spec) -> dict[str, model.Transformer]:
+    """The run's networks, untrained."""
+    return {name: model.Transformer(spec.shape, name, t_conditioned)
+            for name, t_conditioned in spec.method.networks.items()}
+
+
+# What each method's networks learn
+
+
+def pair_tasks(spec, x0, t, label, known, generator):
+    return objectives.pair_tasks(x0, t, label, spec.noise, generator, known)
+
+
+def single_tasks(spec, x0, t, label, known, generator):
+    return objectives.single_tasks(x0, t, label, spec.noise, generator, known)
+
+
+def gidd_tasks(spec, x0, t, label, known, generator):
+    config = spec.config
+    return gidd.gidd_tasks(
+        x0, t, label, spec.noise, generator, known, weight=config["weight"],
+        clean_token_rate=config["clean_token_rate"],
+    )
+
+
+def forcing_tasks(spec, x0, t, label, known, generator):
+    """Draws its own levels; t is not used."""
+    config = spec.config
+    n_frames = x0.shape[1] if config["noise_granularity"] == "token" else spec.grid[0]
+    levels, loss_mask = forcing.draw_levels(
+        len(x0), n_frames, config["noise_granularity"], config["rollout_share"], generator,
+        config["context_frames"],
+    )
+    return forcing.forcing_tasks(
+        x0, levels, loss_mask, label, spec.noise, generator, known, weight=config["weight"],
+        clean_token_rate=config["clean_token_rate"],
+    )
+
+
+def make_tasks(
+    spec: Spec, x0: Tensor, label: Tensor, known: Tensor | None, generator: torch.Generator,
+    t: Tensor | None = None,
+) -> dict[str, objectives.Task]:
+    """What the networks learn from a batch.  -> {network: Task}
+
+    x0 (B, N), label (B,), known (B, N) bool or None, t (B, 1), drawn here where it is None
+    """
+    if t is None:
+        t = stratified_t(len(x0), generator)
+    return spec.method.tasks(spec, x0, t, label, known, generator)
+
+
+def bits_per_token(
+    spec: Spec, nets: dict[str, Callable], x0: Tensor, label: Tensor, known: Tensor | None,
+    generator: torch.Generator,
+) -> dict[str, tuple[float, float]]:
+    """Upper bounds on -log2 p(x0) / N.  -> {bound: (bits per token, standard error)}, tight first
+
+    x0 (n, N), label (n,), known (n, N) bool or None: tokens that are given and not counted
+    """
+    is_along_frames = spec.method.has_own_levels and spec.n_frames > 1
+    paths = ("shared", "frames") if is_along_frames else ("shared",)
+    return likelihood.bits_per_token(
+        nets, spec.method.bounds, x0, label, spec.noise, generator, known=known, paths=paths,
+        n_frames=spec.n_frames,
+    )
+
+
+# How each method is sampled
+
+
+def planned(spec, nets, x, label, **options):
+    return samplers.ddpd(
+        nets.get("planner"), nets["denoiser"], x, label, denoiser_process=spec.noise.process,
+        vocab=spec.vocab, **options,
+    )
+
+
+def ancestral(kind):
+    def call(spec, nets, x, label, **options):
+        noise = asdict(spec.noise)
+        return samplers.ancestral(nets["denoiser"], x, label, kind=kind, **noise, **options)
+    return call
+
+
+def from_masks(sampler):
+    def call(spec, nets, x, label, **options):
+        return sampler(nets["denoiser"], x, label, vocab=spec.vocab, **options)
+    return call
+
+
+def self_correct(spec, nets, x, label, **options):
+    return samplers.self_correct(
+        nets["denoiser"], x, label, p_uniform=spec.noise.p_uniform, **options
+    )
+
+
+def rollout(spec, nets, x, label, *, n_steps, frames=0, context_frames=0, lag=-1, **options):
+    denoiser = nets["denoiser"]
+    levels = forcing.rollout_levels(spec.grid, n_steps, frames, lag, context_frames)
+    is_plain = "reward" not in options and options.get("guidance", 1) == 1
+    if spec.shape.causal and is_plain:
+        options["kv_cache"] = model.KVCache(spec.shape)
+    return samplers.rollout(
+        denoiser, x, label, levels, window=spec.n_frames, **asdict(spec.noise), **options
+    )
+
+
+def rollout_together(spec, nets, x, label, **options):
+    """Ancestral sampling of all frames at once, on levels evenly spaced for every process."""
+    return rollout(spec, nets, x, label, lag=0, **options)
+
+
+PLANNED = Sampler(samplers.ddpd, planned)
+ANCESTRAL = Sampler(samplers.ancestral, ancestral("others"))
+ANCESTRAL_OF_X0 = Sampler(samplers.ancestral, ancestral("self"))
+
+METHODS = {
+    # planner of uniform noise, and denoiser of masks: it can count them, and is told no t
+    "ddpd-mask": Method(
+        networks={"planner": False, "denoiser": False},
+        process=lambda config: "mask",
+        tasks=pair_tasks,
+        bounds=likelihood.masked_bound,
+        samplers={
+            "ddpd": PLANNED,
+            "ancestral": ANCESTRAL,
+            "confidence": Sampler(samplers.confidence, from_masks(samplers.confidence)),
+            "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
+        },
+    ),
+    # planner and denoiser on the same noise without masks
+    "ddpd-uniform": Method(
+        networks={"planner": False, "denoiser": True},
+        process=lambda config: config["denoiser_process"],
+        tasks=pair_tasks,
+        bounds=likelihood.pair_bounds,
+        samplers={"ddpd": PLANNED, "ancestral": ANCESTRAL},
+    ),
+    # one x0-prediction, from which planner and denoiser are derived
+    "ddpd-single": Method(
+        networks={"denoiser": True},
+        process=lambda config: config["denoiser_process"],
+        tasks=single_tasks,
+        bounds=likelihood.single_bounds,
+        samplers={"ddpd": PLANNED, "ancestral": ANCESTRAL_OF_X0},
+    ),
+    # one denoiser of masks and uniform noise, which can also correct finished sequences
+    "gidd": Method(
+        networks={"denoiser": True},
+        process=lambda config: "hybrid",
+        tasks=gidd_tasks,
+        bounds=likelihood.gidd_bound,
+        samplers={
+            "ancestral": ANCESTRAL,
+            "self_correct": Sampler(samplers.self_correct, self_correct),
+        },
+    ),
+    # one denoiser that is told the noise level of each token
+    "forcing": Method(
+        networks={"denoiser": True},
+        process=lambda config: config["process"],
+        tasks=forcing_tasks,
+        bounds=likelihood.forcing_bound,
+        samplers={
+            "rollout": Sampler(samplers.rollout, rollout, ("lag",)),
+            "ancestral": Sampler(samplers.ancestral, rollout_together),
+        },
+        has_own_levels=True,
+    ),
+}
+
+
+def find_sampler(spec: Spec, name: str) -> Sampler:
+    """Raises ValueError where the sampler does not fit the method."""
+    if name not in spec.method.samplers:
+        fitting = ", ".join(spec.method.samplers)
+        raise ValueError(f"sampler {name} does not fit a {spec.name} run; one of {fitting} does")
+    return spec.method.samplers[name]
+
+
+def options_of(sampler: Sampler) -> list[str]:
+    """Names of the options that a user may set."""
+    names = [*inspect.signature(sampler.function).parameters, *sampler.more_options]
+    return [*names, *DECODING_NAMES] if "decoding" in names else names
+
+
+def sample(
+    spec: Spec, nets: dict[str, Callable], label: Tensor, *, n_steps: int,
+    generator: torch.Generator, sampler: str = "", known: Tensor | None = None,
+    known_tokens: Tensor | None = None, frames: int = 0, context_frames: int = 0, **options,
+) -> Iterator[State]:
+    """Sample a run's networks from pure noise, but for the tokens that are known.  -> yields State
+
+    label (B,); sampler: one of the method's, "": its first; known (B, N) bool, known_tokens (B, N);
+    self_correct mends known_tokens. frames (0: as many as the data has) and context_frames, how
+    many of them are known, are of rollouts.
+    """
+    sampler = sampler or next(iter(spec.method.samplers))
+    chosen = find_sampler(spec, sampler)
+    grid = [frames or spec.grid[0], *spec.grid[1:]] if spec.is_video else spec.grid
+    shape = (len(label), math.prod(grid))
+    if sampler == "self_correct":
+        x = known_tokens
+    else:
+        is_planned = sampler == "ddpd"                  # the planner's noise has no masks
+        prior = spec.noise.without_masks() if is_planned else spec.noise
+        x = prior.sample_prior(shape, generator, label.device)
+        if known is not None:
+            x = torch.where(known, known_tokens, x)
+    if spec.method.has_own_levels:
+        options |= dict(frames=frames, context_frames=context_frames)
+    return chosen.call(
+        spec, nets, x, label, n_steps=n_steps, generator=generator, known=known,
+        null_label=spec.n_classes, **options,
+    )
+
+
+# Trained runs
+
+
+class Run(NamedTuple):
+    spec: Spec
+    nets: dict[str, model.Transformer]  # with averaged (EMA) weights
+    folder: Path
+    it: int
+    device: torch.device
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Run:
+    """A trained run, ready to sample."""
+    state = checkpoint.require_checkpoint(folder)
+    spec = spec_of(state["config"], state["meta"])
+    nets = build(spec)
+    for name, net in nets.items():
+        net.load_state_dict(state["ema"][name])
+        net.to(device).eval().requires_grad_(False)
+    return Run(spec, nets, Path(folder), state["it"], torch.device(device))

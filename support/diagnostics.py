@@ -1,0 +1,322 @@
+"""What a run takes, what its losses can reach, and how well its planner is calibrated."""
+
+import math
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import config
+import data
+import methods
+import model
+from diffusion import objectives, processes
+from diffusion.decoding import sample_categorical
+from diffusion.processes import corrupt, split_planner_denoiser, stratified_t
+from support import runtime
+from support.chunked_head import chunk_size
+
+N_LEVELS = 256              # noise levels that stand for all of them in the Bayes planner's sum
+N_LEVEL_BINS = 10           # of noise level in tables
+N_CALIBRATION_BINS = 15
+
+# What a config takes: train_ddpd.py CONFIG --dry-run
+
+
+class Cost(NamedTuple):
+    """Of a micro-step."""
+    n_params: int
+    bytes: dict[str, int]               # by purpose
+    flops: float
+    flops_per_s: float                  # that a block reached forward and backward
+
+
+def time_block(block: model.Block, shape: model.Shape, batch: int, device: torch.device,
+               autocast: torch.autocast) -> tuple[int, float]:
+    """Run a block forward and backward.  -> bytes that autograd kept, but for weights; seconds"""
+    n = shape.n_tokens
+    rope = [[torch.ones(n, shape.head_dim // 2, device=device)] * 2] * 2
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept = {}
+
+    def pack(y):
+        storage = y.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return y
+
+    x = torch.randn(batch, n, shape.n_embd, device=device, requires_grad=True)
+    label_tokens = torch.randn(batch, model.N_LABEL_TOKENS, shape.n_embd, device=device)
+    began = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y), autocast:
+        y = block(x, label_tokens, rope)
+    y.sum().backward()
+    x.grad.sum().item()  # waits for the device
+    return sum(
+        size for where, size in kept.items() if where not in weights
+    ), time.perf_counter() - began
+
+
+def cost_of_step(
+    spec: methods.Spec, batch_size: int, device: torch.device, autocast: torch.autocast,
+) -> Cost:
+    """What a micro-step of batch_size sequences takes. One block is run for it on the spot."""
+    shape = spec.shape
+    n, d = shape.n_tokens, shape.n_embd
+    with torch.device("meta"):
+        nets = methods.build(spec)
+    n_params = sum(p.numel() for net in nets.values() for p in net.parameters())
+    n_blocks = len(nets) * shape.n_layer
+
+    block = model.Block(shape).to(device)
+    kept_by_one, _ = time_block(block, shape, 1, device, autocast)
+    kept_by_two, _ = time_block(block, shape, 2, device, autocast)
+    kept_per_sequence = kept_by_two - kept_by_one
+    # of a block and a sequence: products only
+    forward = n * (28 * d * d + 4 * n * d + 4 * model.N_LABEL_TOKENS * d)
+    batch = max(1, min(batch_size, 4096 // n))
+    seconds = min(time_block(block, shape, batch, device, autocast)[1] for _ in range(3))
+
+    flops = n_blocks * 3 * forward * batch_size
+    logits = 0
+    for net in nets.values():
+        is_noise_only = net.role == "denoiser" and "planner" in nets           # half of the tokens
+        rows = batch_size * n // (2 if is_noise_only else 1)
+        flops += 6 * rows * d * net.head.out_features
+        n_logits = min(rows, chunk_size(net)) * net.head.out_features
+        logits = max(logits, 3 * 4 * n_logits)          # logits, their log-softmax, its gradient
+    kept = n_blocks * (kept_per_sequence * batch_size + (kept_by_one - kept_per_sequence))
+    sizes = {
+        "weights": 4 * n_params,
+        "gradients": 4 * n_params,
+        "optimizer": 8 * n_params,
+        "EMA": 4 * n_params,
+        "activations": kept,
+        "logits": logits,
+    }
+    return Cost(n_params, sizes, flops, 3 * forward * batch / seconds)
+
+
+def dry_run(cfg: config.Config, spec: methods.Spec) -> None:
+    """Print what this config takes, and train nothing."""
+    device = runtime.pick_device()
+    cost = cost_of_step(spec, cfg.batch_size, device, runtime.autocast(device, cfg.dtype))
+    print(
+        f"{cfg.data}: {describe_data(spec)}; {cost.n_params / 1e6:.2f} M parameters; "
+        f"batch {cfg.batch_size} per "
+        "process"
+    )
+    parts = [f"{name} {size / 2**30:.2f}" for name, size in cost.bytes.items()]
+    print(f"memory per process: {sum(cost.bytes.values()) / 2**30:.2f} GiB = " + " + ".join(parts))
+    flops = cost.flops * cfg.grad_accumulation_steps
+    seconds = flops / cost.flops_per_s
+    print(
+        f"time per iteration: {seconds:.3g} s = {flops / 1e12:.3g} TFLOP at "
+        f"{cost.flops_per_s / 1e12:.3g} TFLOP/s, "
+        f"measured on one block on this {device.type}; all {cfg.max_iters}: "
+        f"{cfg.max_iters * seconds / 3600:.2g} hours"
+    )
+
+
+def describe_data(spec: methods.Spec) -> str:
+    return f"{' x '.join(map(str, spec.grid))} tokens, V = {spec.vocab}, {spec.n_classes} classes"
+
+
+# What losses can reach
+
+
+def print_summary(
+    cfg: config.Config, spec: methods.Spec, train: data.Split, nets: dict[str, model.Transformer],
+    world: runtime.World,
+) -> dict[str, float]:
+    """Print what a reader needs to judge the first numbers.  -> the losses named in it, nats"""
+    tokens_per_it = spec.shape.n_tokens * cfg.batch_size * cfg.grad_accumulation_steps * world.size
+    sizes = [
+        f"{name} {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
+        for name, net in nets.items()
+    ]
+    dtype = str(runtime.matmul_dtype(world.device, cfg.dtype)).removeprefix("torch.")
+    print(f"{spec.meta['name']}: {describe_data(spec)}; {', '.join(sizes)} parameters")
+    print(f"{tokens_per_it} tokens per iteration on {world.size} x {world.device.type}, {dtype}")
+    losses = {}
+    if cfg.method == "ddpd":
+        losses["denoiser_start"] = math.log(spec.vocab)
+        print(f"denoiser CE starts at ln V = {losses['denoiser_start']:.4f} nats")
+    if "planner" in nets and spec.noise.has_posterior:
+        constant, level_only = processes.PLANNER_BCE_CONSTANT, processes.PLANNER_BCE_LEVEL_ONLY
+        floor = processes.planner_bce_floor(spec.vocab)
+        losses |= dict(planner_blind=constant, planner_level_only=level_only, planner_floor=floor)
+        print(
+            f"planner BCE: {constant:.4f} nats blind, {level_only:.4f} reading only the level, "
+            f"{floor:.4f} at best "
+            "(tokens redrawn as themselves)"
+        )
+    is_fresh_overfit = 0 < cfg.overfit <= 64 and cfg.overfit_noise == "fresh"
+    if is_fresh_overfit and cfg.method == "ddpd" and not spec.meta["given"]:
+        rows = np.arange(min(cfg.overfit, len(train)))
+        x0, label = (torch.from_numpy(y) for y in train.rows(rows))
+        by_heart = bayes_losses(spec, x0, label, runtime.generator(runtime.EVAL))
+        losses |= {f"{name}_by_heart": value for name, value in by_heart.items()}
+        words = [f"{name} {value:.4f}" for name, value in by_heart.items()]
+        print(f"{len(x0)} sequences known by heart leave: " + ", ".join(words))
+    if world.device.type == "cpu" and spec.shape.n_tokens * cfg.n_embd > 2**17:
+        print("warning: this setting takes hours on a CPU; configs/digits.py takes minutes")
+    return losses
+
+
+def bayes_losses(spec: methods.Spec, x0: Tensor, label: Tensor, generator: torch.Generator,
+                 n_rows: int = 2048) -> dict[str, float]:
+    """Least losses on fresh noise over a few sequences that are known by heart: Bayes' rule over
+    all of them.
+
+    x0 (S, N), label (S,)  ->  {network: nats per token}, over n_rows draws of noise
+    """
+    row = torch.arange(n_rows) % len(x0)
+    t = stratified_t(n_rows, generator)
+    tasks = methods.make_tasks(spec, x0[row], label[row], None, generator, t)
+    # (R, S): the label rules the others out
+    log_prior = (label[row][:, None] == label).double().log()
+    losses = {}
+    for name, task in tasks.items():
+        if name == "planner":
+            p_true = bayes_planner(task, x0, log_prior, spec.vocab)
+        else:
+            p_true = bayes_denoiser(task, x0, row, t, log_prior, spec)
+        losses[name] = -p_true.clamp_min(1e-12).log().mean().item()
+    return losses
+
+
+def bayes_planner(task: objectives.Task, x0: Tensor, log_prior: Tensor, vocab: int) -> Tensor:
+    """Probability of the right answer, for a planner that is told no t: the sum is over levels
+    too.  -> (n,)"""
+    hit = task.xt[:, None] == x0                                        # (R, S, N)
+    n_hit = hit.sum(-1, keepdim=True)
+    t = (torch.arange(N_LEVELS, dtype=torch.float64) + 0.5) / N_LEVELS
+    log_hit = (1 - t + t / vocab).log()                                 # (levels,)
+    log_miss = (t / vocab).log()
+    # (R, S, levels)
+    joint = log_prior[..., None] + n_hit * log_hit + (x0.shape[1] - n_hit) * log_miss
+    w = joint.flatten(1).softmax(1).view_as(joint)
+    p_kept_if_hit = (w * (1 - (log_miss - log_hit).exp())).sum(-1)
+    p_clean = torch.einsum("rsn,rs->rn", hit.double(), p_kept_if_hit)
+    return torch.where(task.target.view_as(p_clean) > 0, 1 - p_clean, p_clean).flatten()
+
+
+def bayes_denoiser(task: objectives.Task, x0: Tensor, row: Tensor, t: Tensor, log_prior: Tensor,
+                   spec: methods.Spec) -> Tensor:
+    """Probability of the right token, for a denoiser that is told t or counts its masks.  ->
+    (n,)"""
+    vocab = spec.vocab
+    level = t.double()[:, None]
+    hit = task.xt[:, None] == x0                                        # (R, S, N)
+    is_mask = task.xt[:, None] == vocab
+    if spec.noise.only_masks:
+        evidence = torch.where(hit | is_mask, 0.0, -torch.inf)
+    else:
+        evidence = torch.where(hit, (1 - level + level / vocab).log(), (level / vocab).log())
+    total = log_prior + evidence.sum(-1)                                # (R, S)
+    has_own_evidence = not spec.noise.only_masks and spec.name != "ddpd-single"
+    w = (total[..., None] - evidence if has_own_evidence else total).softmax(1)
+    w = w.view(*w.shape[:2], -1)                                        # (R, S, 1 or N)
+    p_true = (w * (x0 == x0[row][:, None])).sum(1)
+    return p_true.flatten()[task.sites]
+
+
+# How well a planner is calibrated
+
+
+@torch.no_grad()
+def planner_predictions(
+    run: methods.Run, x0: Tensor, label: Tensor, batch: int,
+) -> dict[str, np.ndarray]:
+    """P(noise) of held-out tokens and whether they are noise, on corrupted data and on what the
+    planner sees in use.
+
+    In use: noise of level t is replaced by the denoiser's draws, and what differs from the clean
+    token is noise. x0 (n, N), label (n,) on the CPU  ->  {"corrupted" or "in use": (3, n * N) of t,
+    p_noise, is_noise}
+    """
+    spec, nets, device = run.spec, run.nets, run.device
+    n = len(x0)
+    rng = runtime.generator(0)
+    t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
+    noise = spec.noise.without_masks()                  # the planner's
+    out = {"corrupted": [], "in use": []}
+
+    def ask(x, t, label):
+        if "planner" in nets:
+            return nets["planner"](x, t, label).sigmoid()
+        return split_planner_denoiser(nets["denoiser"](x, t, label).softmax(-1), x, t, noise)[0]
+
+    for i in torch.arange(n).split(batch):
+        x, is_noise = (y.to(device) for y in corrupt(x0[i], t[i], noise, rng))
+        clean, level, given_label = x0[i].to(device), t[i].to(device), label[i].to(device)
+        with runtime.autocast(device, spec.config["dtype"]):
+            p_noise = ask(x, level, given_label)
+            out["corrupted"].append(columns(level, p_noise, is_noise))
+            x_input = x.masked_fill(is_noise, spec.vocab) if spec.noise.only_masks else x
+            probs = nets["denoiser"](x_input, level, given_label).softmax(-1)
+            if spec.name == "ddpd-single":
+                probs = split_planner_denoiser(probs, x, level, noise)[1]
+            draws = sample_categorical(probs, torch.Generator(device).manual_seed(int(i[0])))
+            filled = torch.where(is_noise, draws, x)
+            out["in use"].append(columns(level, ask(filled, level, given_label), filled != clean))
+    return {name: torch.cat(parts, 1).numpy() for name, parts in out.items()}
+
+
+def columns(t: Tensor, p_noise: Tensor, is_noise: Tensor) -> Tensor:
+    """-> (3, B * N) on the CPU"""
+    return torch.stack([t.expand(p_noise.shape), p_noise, is_noise.float()]).flatten(1).cpu()
+
+
+def calibration_error(
+    p: np.ndarray, is_noise: np.ndarray,
+) -> tuple[float, list[tuple[float, float, int]]]:
+    """Expected calibration error over equal bins of p.  -> error, [(mean p, share of noise,
+    tokens)]"""
+    bins = np.minimum((p * N_CALIBRATION_BINS).astype(int), N_CALIBRATION_BINS - 1)
+    table = []
+    for b in np.unique(bins):
+        here = bins == b
+        table.append((p[here].mean(), is_noise[here].mean(), here.sum()))
+    return sum(n * abs(mean - share) for mean, share, n in table) / len(p), table
+
+
+def report_planner(run: methods.Run, x0: Tensor, label: Tensor, batch: int) -> None:
+    """Print AUROC and calibration error per bin of noise level; the reliability diagram goes to
+    RUN/reliability.png."""
+    import matplotlib
+    from sklearn.metrics import roc_auc_score
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(5, 4.6), layout="constrained")
+    panel.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, (t, p, is_noise) in planner_predictions(run, x0, label, batch).items():
+        error, table = calibration_error(p, is_noise)
+        auroc = roc_auc_score(is_noise, p)
+        print(f"planner of {run.folder}, {name}: AUROC {auroc:.3f}, calibration error {error:.3f}")
+        for b in range(N_LEVEL_BINS):
+            here = (t * N_LEVEL_BINS).astype(int) == b
+            if 0 < is_noise[here].sum() < here.sum():
+                own_auroc = roc_auc_score(is_noise[here], p[here])
+                own_error, _ = calibration_error(p[here], is_noise[here])
+                print(
+                    f"  t {b / N_LEVEL_BINS:.1f} to {(b + 1) / N_LEVEL_BINS:.1f}: "
+                    f"AUROC {own_auroc:.3f}, "
+                    f"calibration error {own_error:.3f}"
+                )
+        mean_p, share, _ = np.array(table).T
+        panel.plot(
+            mean_p, share, marker="o", markersize=4,
+            label=f"{name}: AUROC {auroc:.3f}, error {error:.3f}",
+        )
+    panel.set(
+        xlabel="P(noise) said by the planner", ylabel="share of noise", title=str(run.folder),
+        xlim=(0, 1), ylim=(0, 1),
+    )
+    panel.legend()
+    figure.savefig(run.folder / "reliability.png", dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,186 @@
+"""A run in training: its data, its folder, its networks, averages and optimizers."""
+
+import copy
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import config
+import data
+import methods
+import model
+from support import checkpoint, runtime
+
+# Data and the run's folder
+
+
+def stated_meta(cfg: config.Config) -> dict[str, Any] | None:
+    """The data as the config states it, nothing read; None where it does not."""
+    if not cfg.vocab:
+        return None
+    return dict(name=cfg.data, vocab=cfg.vocab, grid=list(cfg.grid), n_classes=cfg.n_classes)
+
+
+def open_data(cfg: config.Config) -> tuple[methods.Spec, dict[str, data.Split]]:
+    """The data, which must be what the config states.  -> spec, splits"""
+    meta, splits = data.load(cfg.data, cfg.image_size, cfg.grey_levels)
+    for key, stated in (stated_meta(cfg) or {}).items():
+        if key != "name" and meta[key] != stated:
+            raise SystemExit(f"{key} is {meta[key]} in data {cfg.data}, but {stated} in the config")
+    with runtime.one_line_errors(ValueError):
+        spec = methods.spec_of(asdict(cfg), meta)
+    if cfg.method == "forcing":
+        if cfg.noise_granularity in ("frame", "next") and not spec.is_video:
+            raise SystemExit(
+                f"noise_granularity {cfg.noise_granularity} needs frames, and {cfg.data} is no "
+                "video: token or shared"
+            )
+        if cfg.context_frames and cfg.context_frames >= spec.grid[0]:
+            raise SystemExit(
+                f"context_frames {cfg.context_frames} must be fewer than the {spec.grid[0]} "
+                f"frames of {cfg.data}"
+            )
+    return spec, splits
+
+
+def is_run(folder: Path) -> bool:
+    """Is there a config.json of ours?"""
+    try:
+        return "denoiser_process" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> dict[str, Any] | None:
+    """Make the run's folder, or find a run that can go on in it.  -> its checkpoint or None"""
+    folder = Path(cfg.out_dir)
+    with runtime.one_line_errors(OSError):
+        if folder.exists() and any(folder.iterdir()) and not is_run(folder):
+            raise SystemExit(
+                f"{folder} holds files, but no run of this program: choose another --out-dir"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.load_checkpoint(folder)
+    if state:
+        refuse_misfit(cfg, spec, state, world)
+        old = state["config"]
+        changed = [
+            f"{key} {old[key]} -> {value}" for key, value in asdict(cfg).items()
+            if key in old and old[key] != value and key != "out_dir"
+        ]
+        if changed and world.is_main:
+            print(f"{folder} goes on with " + ", ".join(changed))
+    if world.is_main and not (state and state["it"] >= cfg.max_iters):
+        with runtime.one_line_errors(OSError):
+            (folder / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    return state
+
+
+def refuse_misfit(
+    cfg: config.Config, spec: methods.Spec, state: dict[str, Any], world: runtime.World,
+) -> None:
+    """Refuse, by name, to go on with another shape, other data or other micro-batches."""
+    old = state["config"]
+    for key in cfg.FIXED:
+        now = getattr(cfg, key)
+        if old.get(key, now) != now:                    # a key younger than the run is no misfit
+            raise SystemExit(
+                f"{cfg.out_dir} was trained with {key} = {old[key]}, not {now}; "
+                "choose another --out-dir"
+            )
+    for key in ("vocab", "grid", "n_classes"):
+        if state["meta"][key] != spec.meta[key]:
+            raise SystemExit(
+                f"{cfg.out_dir} was trained on data with {key} = {state['meta'][key]}, "
+                f"not {spec.meta[key]}"
+            )
+    was = old["grad_accumulation_steps"] * state["world_size"]
+    now = cfg.grad_accumulation_steps * world.size
+    if was != now:
+        raise SystemExit(
+            f"{cfg.out_dir} was trained with {was} micro-batches per iteration, not {now}: set "
+            f"--grad-accumulation-steps to {was / world.size:g}, or start other processes"
+        )
+
+
+# Networks, their averages, one optimizer each
+
+
+@dataclass
+class Training:
+    nets: dict[str, model.Transformer]
+    ema: dict[str, model.Transformer]       # averaged weights, which are validated and sampled
+    optimizers: dict[str, torch.optim.Optimizer]
+    lrs: dict[str, float]                   # of each network, at base_width
+    it: int                                 # iterations done
+
+
+def build_training(
+    cfg: config.Config, spec: methods.Spec, state: dict[str, Any] | None, device: torch.device,
+) -> Training:
+    """As at the start of training, or as saved."""
+    torch.manual_seed(cfg.seed)
+    nets = {name: net.to(device) for name, net in methods.build(spec).items()}
+    ema = {name: copy.deepcopy(net).requires_grad_(False) for name, net in nets.items()}
+    lrs = {"planner": cfg.planner_lr, "denoiser": cfg.denoiser_lr}
+    optimizers = {}
+    for name, net in nets.items():
+        groups = model.param_groups(net, lrs[name], cfg.weight_decay)
+        optimizers[name] = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    if state:
+        for name in nets:
+            nets[name].load_state_dict(state["nets"][name])
+            ema[name].load_state_dict(state["ema"][name])
+            load_optimizer(optimizers[name], state["optimizers"][name])
+    elif cfg.init_from:
+        init_from(cfg, spec, nets, ema)
+    return Training(nets, ema, optimizers, lrs, state["it"] if state else 0)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """The saved moments, with today's weight decay; the lr is set at every iteration."""
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+
+
+def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> None:
+    """Averaged weights of the run cfg.init_from, into a run that has none of its own yet."""
+    other = checkpoint.require_checkpoint(cfg.init_from)
+    other_spec = methods.spec_of(other["config"], other["meta"])
+    for name in (field.name for field in fields(model.Shape)):
+        theirs = getattr(other_spec.shape, name)
+        if theirs != getattr(spec.shape, name):
+            raise SystemExit(
+                f"--init-from {cfg.init_from} has {name} {theirs}, not {getattr(spec.shape, name)}"
+            )
+    if other_spec.name != spec.name:
+        raise SystemExit(f"--init-from {cfg.init_from} is a {other_spec.name} run, not {spec.name}")
+    for name in nets:
+        nets[name].load_state_dict(other["ema"][name])
+        ema[name].load_state_dict(other["ema"][name])
+
+
+def save(cfg: config.Config, spec: methods.Spec, training: Training, world: runtime.World) -> bool:
+    """Write a checkpoint, unless a weight is not finite.  -> is it written?"""
+    for name, net in training.nets.items():
+        if not torch.stack([p.isfinite().all() for p in net.parameters()]).all():
+            raise SystemExit(
+                f"weights of the {name} of {cfg.out_dir} are not finite at iteration "
+                f"{training.it}: lower the lr; the last checkpoint is untouched"
+            )
+    is_saved = torch.ones((), dtype=torch.bool)
+    if world.is_main:
+        state = dict(it=training.it, config=asdict(cfg), meta=spec.meta, world_size=world.size)
+        for part in ("nets", "ema", "optimizers"):
+            modules = getattr(training, part)
+            state[part] = {name: module.state_dict() for name, module in modules.items()}
+        is_saved.fill_(checkpoint.save_checkpoint(cfg.out_dir, state))
+    if world.size > 1:
+        dist.broadcast(is_saved, 0)                     # nobody leaves while rank 0 writes
+    return bool(is_saved)

@@ -1,0 +1,155 @@
+"""Validation: losses of the averaged networks on fixed noise, bits per token, and a few samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import config
+import data
+import methods
+from diffusion import objectives
+from support import render, runtime
+from support.chunked_head import hidden_at_sites, map_logits
+
+N_BINS = 10                 # of noise level
+BATCH = 64                  # sequences at once
+N_STEPS = 32                # of the pictures' sampler
+N_STEPS_PER_FRAME = 8       # for videos
+
+# What a loss is called in the log, and the second number beside it
+METRIC_NAMES = {
+    objectives.planner_loss: ("bce", "auroc"),
+    objectives.denoiser_loss: ("ce", "accuracy"),
+}
+
+
+@torch.no_grad()
+def validate(cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split,
+             device: torch.device) -> dict[str, Any]:
+    """Losses over all noise levels and per bin of level, and bits per token.  -> {metric: value or
+    list}"""
+    n = cfg.eval_sequences
+    rng = runtime.generator(runtime.EVAL)  # the same draws for every seed
+    x0, label = (torch.from_numpy(y) for y in split.spread_subset(n))
+    t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
+    rows = {name: [] for name in nets}
+    metrics = {}
+    for i in torch.arange(n).split(BATCH):
+        known = data.known_mask(spec.meta, x0[i])
+        tasks = methods.make_tasks(spec, x0[i], label[i], known, rng, t[i])
+        for name, task in tasks.items():
+            metrics[name] = METRIC_NAMES.get(task.loss, ("loss", "accuracy"))
+            with runtime.autocast(device, cfg.dtype):
+                rows[name].append(measure(nets[name], task, device))
+    scores = {}
+    for name, parts in rows.items():
+        scores |= summarise(torch.cat(parts).double(), name, metrics[name])
+    x0, label = x0.to(device), label.to(device)
+    with runtime.autocast(device, cfg.dtype):
+        bounds = methods.bits_per_token(spec, nets, x0, label, data.known_mask(spec.meta, x0), rng)
+    for name, (bits, error) in bounds.items():
+        scores[f"val_bits_{name}"] = round(bits, 5)
+        scores[f"val_bits_{name}_se"] = round(error, 5)
+    return scores
+
+
+def measure(net: Callable, task: objectives.Task, device: torch.device) -> Tensor:
+    """Of each token in the loss: level, target, loss, and logit (planner) or is_right
+    (denoiser).  -> (n, 4)"""
+    level = task.t.expand(task.xt.shape).flatten()[task.sites]
+    task = task.to(device)
+
+    def loss_and_prediction(logits, target, *loss_args):
+        prediction = logits if logits.dim() == 1 else (logits.argmax(-1) == target).float()
+        return torch.stack([task.loss(logits, target, *loss_args), prediction], -1)
+
+    hidden = hidden_at_sites(net, task)
+    measured = map_logits(net, hidden, loss_and_prediction, task.target, *task.loss_args)
+    columns = [level[:, None], task.target.float().cpu()[:, None], measured.float().cpu()]
+    return torch.cat(columns, -1)
+
+
+def summarise(rows: Tensor, name: str, metrics: tuple[str, str]) -> dict[str, Any]:
+    """Means of measure()'s rows (n, 4), over all and per bin of level; None for an empty bin."""
+    level, target, loss, prediction = rows.unbind(-1)
+    bins = (level * N_BINS).long().clamp_max(N_BINS - 1)
+    groups = [torch.ones_like(bins, dtype=torch.bool), *(bins == b for b in range(N_BINS))]
+    losses = [round(loss[g].mean().item(), 5) if g.any() else None for g in groups]
+    if metrics[1] == "auroc":
+        others = [auroc(target[g], prediction[g]) for g in groups]
+    else:
+        others = [round(prediction[g].mean().item(), 5) if g.any() else None for g in groups]
+    out = {}
+    for metric, values in zip(metrics, (losses, others), strict=True):
+        out[f"val_{name}_{metric}"] = values[0]
+        out[f"val_{name}_{metric}_bins"] = values[1:]
+    return out
+
+
+def auroc(is_noise: Tensor, score: Tensor) -> float | None:
+    """None where only one class occurs."""
+    from sklearn.metrics import roc_auc_score
+
+    if not 0 < is_noise.sum() < len(is_noise):
+        return None
+    return round(float(roc_auc_score(is_noise, score)), 5)
+
+
+def validate_and_log(
+    cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
+    log: runtime.Log, device: torch.device,
+) -> str:
+    """-> the scores in one line"""
+    scores = validate(cfg, spec, nets, split, device)
+    log.write(it, **scores)
+    if cfg.eval_samples:
+        draw_samples(cfg, spec, nets, split, it, log, device)
+    words = [
+        f"{key.removeprefix('val_')} {value and round(value, 4)}"
+        for key, value in scores.items()
+        if not key.endswith(("_bins", "_se"))
+    ]
+    return f"{it:>6}: " + ", ".join(words)
+
+
+@torch.no_grad()
+def draw_samples(
+    cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
+    log: runtime.Log, device: torch.device,
+) -> None:
+    """samples.png of a few samples, classes in turn, by the method's first sampler; with its video
+    for wandb."""
+    label = torch.arange(cfg.eval_samples, device=device) % max(1, spec.n_classes)
+    real = torch.from_numpy(split.spread_subset(cfg.eval_samples)[0]).to(device)
+    rng = runtime.generator(runtime.EVAL, device=device)
+    frames = []
+    with runtime.autocast(device, cfg.dtype):
+        states = methods.sample(
+            spec, nets, label, n_steps=N_STEPS_PER_FRAME if spec.is_video else N_STEPS,
+            generator=rng, known_tokens=real,
+            known=data.context_mask(spec.meta, real, config.CONTEXT_FRAMES),
+            context_frames=config.CONTEXT_FRAMES,
+        )
+        for state in states:
+            if log.wandb:
+                frames.append(render_frame(state, spec.grid))
+    folder = Path(cfg.out_dir)
+    tokens = state.x.view(-1, *spec.grid).cpu().numpy()
+    render.samples_png(folder / "samples.png", tokens, label.tolist(), spec.meta)
+    if log.wandb:
+        render.write_video(
+            folder / "planner", render.planner_frames(frames, label.tolist(), spec.meta)
+        )
+        log.media(it, samples=folder / "samples.png", planner=folder / "planner.mp4")
+
+
+def render_frame(state, grid: list[int], n: int | None = None) -> list:
+    """The first n samples of a State as render wants them.  -> x, p_noise, written (n, *grid)
+    arrays, nfe (n,)"""
+    shaped = [
+        y[:n].unflatten(1, grid).cpu().numpy() for y in (state.x, state.p_noise, state.written)
+    ]
+    return [*shaped, state.nfe[:n].cpu().numpy()]
