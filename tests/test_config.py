@@ -20,7 +20,7 @@ import sample
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
-# The flags of a script, and its dataclasses in which they are explained
+# Scripts and the dataclasses of their flags
 SCRIPTS = {
     "train_ddpd.py": config.Config,
     "sample.py": sample.Flags,
@@ -28,7 +28,7 @@ SCRIPTS = {
     "data.py": data.Make,
 }
 
-# Flags that users of nanoGPT and minDDPD expect under these names
+# Flags whose names must stay: other programs of this family have them too
 FAMILY = """
     --batch-size --planner-lr --denoiser-lr --max-iters --weight-decay --warmup-iters
     --lr-decay-iters --grad-clip --grad-accumulation-steps --log-interval --eval-interval
