@@ -245,8 +245,13 @@ def load(cls: type = Config, argv: list[str] | None = None) -> Any:
 
 def config_path(name: str) -> Path:
     """A config file, or the name of one of configs/."""
-    shipped = CONFIGS / f"{name}.py"
-    return shipped if shipped.exists() and not Path(name).is_file() else Path(name)
+    if Path(name).is_file():
+        return Path(name)
+    names = [path.stem for path in CONFIGS.glob("*.py")]
+    if name in names:
+        return CONFIGS / f"{name}.py"
+    raise SystemExit(f"no config file {name}, and none of that name in configs/; "
+                     + nearest(Path(name).stem, names))
 
 
 def print_configs() -> None:
@@ -396,8 +401,7 @@ def check(cfg: Config) -> Config:
     ):
         raise SystemExit(
             f"vocab {cfg.vocab}, grid {cfg.grid} and n_classes {cfg.n_classes} are stated "
-            "together: "
-            "ids, tokens per axis, classes"
+            "together: ids, tokens per axis, classes"
         )
     if cfg.nets == "single" and cfg.denoiser_process == "mask":
         raise SystemExit(

@@ -40,7 +40,6 @@ class Flags(config.SamplerFlags, config.VideoFlags, EvaluateOptions):
 if __name__ == "__main__":
     flags = config.load(Flags)
 
-import functools
 import math
 import time
 from pathlib import Path
@@ -52,7 +51,7 @@ from tqdm import tqdm
 
 import data
 import methods
-from diffusion import samplers
+from diffusion import forcing, samplers
 from support import diagnostics, metrics, render, runtime
 
 N_BITS = 2048               # sequences behind bits per token, at least
@@ -192,18 +191,8 @@ def flip_known(real: np.ndarray, known: np.ndarray, rate: float, vocab: int) -> 
 def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
     """Steps for which a sampler may make nfe calls; refuses fewer than one."""
     spec = judged.spec
-    if spec.is_video and spec.method.has_own_levels:    # nfe calls for each frame that is made
-        n_frames = judged.n_frames(flags)
-        lag = 0 if row == "ancestral" else -1 if flags.lag is None else flags.lag
-        budget = nfe * (n_frames - flags.context_frames)
-        levels = functools.partial(
-            methods.forcing.rollout_levels, spec.grid, frames=n_frames, lag=lag,
-            context_frames=flags.context_frames,
-        )
-        fitting = [n for n in range(1, budget + 1) if len(levels(n)) - 1 <= budget]
-        if not fitting:
-            raise SystemExit(f"--nfe is too small for --lag {lag}: {budget} network calls in all")
-        return fitting[-1]
+    if spec.is_video and spec.method.has_own_levels:
+        return n_steps_of_rollout(row, judged, nfe, flags)
     calls = 1 if flags.guidance in (None, 1) else 2
     if sampler_of(row) == "ddpd" and "planner" in spec.method.networks:
         calls += 1 if flags.planner_guidance in (None, 1) else 2
@@ -212,6 +201,27 @@ def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
             f"--nfe {nfe} is too small for {row}: a step of it takes {calls} network calls"
         )
     return nfe // calls
+
+
+def n_steps_of_rollout(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
+    """Steps of a frame, for nfe calls for each frame that is made."""
+    n_frames = judged.n_frames(flags)
+    lag = flags.lag
+    if row == "ancestral":
+        lag = 0
+    elif lag is None:
+        lag = -1
+    budget = nfe * (n_frames - flags.context_frames)
+    fitting = 0
+    for n_steps in range(1, budget + 1):
+        levels = forcing.rollout_levels(
+            judged.spec.grid, n_steps, n_frames, lag, flags.context_frames
+        )
+        if len(levels) - 1 <= budget:
+            fitting = n_steps
+    if not fitting:
+        raise SystemExit(f"--nfe is too small for --lag {lag}: {budget} network calls in all")
+    return fitting
 
 
 class Stage(NamedTuple):
@@ -383,15 +393,16 @@ def check_run(judged: Judged, names: list[str], budgets: tuple[int, ...], flags:
             f"{judged.run.folder} was trained without labels or their dropout: "
             "nothing to guide away from"
         )
-    has_option = set()
+    known_options = set()
     for name in names:
         with runtime.one_line_errors(ValueError):
             if len(flags.runs) == 1 or sampler_of(name) in spec.method.samplers:
-                has_option |= set(methods.options_of(methods.find_sampler(spec, sampler_of(name))))
+                sampler = methods.find_sampler(spec, sampler_of(name))
+                known_options |= set(methods.options_of(sampler))
         n_steps_of(name, judged, min(budgets), flags)
     if len(flags.runs) == 1:
         for option in flags.sampler_options():
-            if option not in has_option:
+            if option not in known_options:
                 raise SystemExit(f"--{option.replace('_', '-')} is no option of {', '.join(names)}")
 
 
@@ -401,9 +412,9 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
     names = list(flags.samplers) or list(spec.method.samplers)[:1]
     budgets = flags.nfe or ((8,) if spec.is_video else (64,))
     check_run(judged, names, budgets, flags)
-    decoder = (
-        render.load_decoder(flags.decoder, spec.meta, judged.run.device) if flags.decoder else None
-    )
+    decoder = None
+    if flags.decoder:
+        decoder = render.load_decoder(flags.decoder, spec.meta, judged.run.device)
     bits = judged.bits()
     print(f"{folder}, iteration {judged.run.it}: {describe_bits(*bits)}")
     if judged.metrics.val:

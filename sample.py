@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 import data
 import methods
+from diffusion import forcing
 from support import render, runtime
 from support.validate import render_frame
 
@@ -107,8 +108,7 @@ def load_known_tokens(
     except ValueError:
         raise SystemExit(
             f"{path}: tokens {tokens.shape} and mask {mask.shape} do not fit {len(labels)} "
-            "samples of "
-            f"grid {grid}"
+            f"samples of grid {grid}"
         ) from None
     kept = tokens[mask]
     if kept.size and not 0 <= kept.min() <= kept.max() < meta["vocab"]:
@@ -132,9 +132,8 @@ def real_frames(real: np.ndarray, frames: int, meta: dict[str, Any]) -> np.ndarr
 def start_from_data(flags: Flags, spec: methods.Spec, labels: list[int]) -> Start:
     """Held-out sequences to go on from: the first frames of videos, and the tokens that the data
     gives."""
-    splits = data.load(spec.config["data"], spec.config["image_size"], spec.config["grey_levels"])[
-        1
-    ]
+    config_ = spec.config
+    _, splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])
     n = len(labels) or N_SAMPLES
     x0, own_labels = splits["val"].spread_subset(n)
     real = x0.reshape(n, *spec.grid)
@@ -280,7 +279,7 @@ def write_videos(
             known = start.known[:n].unflatten(1, start.grid).numpy()
         if spec.is_video and spec.method.has_own_levels:
             lag = 0 if stage.sampler == "ancestral" else stage.options.get("lag", -1)
-            levels = methods.forcing.rollout_levels(
+            levels = forcing.rollout_levels(
                 spec.grid, stage.n_steps, flags.frames, lag, flags.context_frames
             )
             pictures = render.rollout_frames(frames, levels[1:].numpy(), real, known, spec.meta)

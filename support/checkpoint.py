@@ -1,6 +1,7 @@
 """Checkpoints of a run: written whole or not at all, read as plain tensors and numbers only."""
 
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -34,55 +35,102 @@ def digest(tree: Any) -> str:
     return sha.hexdigest()
 
 
+def sync_to_disk(path: Path) -> None:
+    """What was written to a file, or renamed in a folder, survives a power loss from here on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """config.json, where it is not there already."""
+    path = folder / "config.json"
+    text = json.dumps(config, indent=1) + "\n"
+    if path.exists() and path.read_text() == text:
+        return
+    new = folder / "config.tmp"
+    new.write_text(text)
+    sync_to_disk(new)
+    os.replace(new, path)
+    sync_to_disk(folder)
+
+
+def is_run(folder: Path) -> bool:
+    """Does the folder hold a run, or nothing but what a killed start of one leaves behind?"""
+    names = {path.name for path in folder.iterdir()} - {"config.tmp", "ckpt.tmp"}
+    if not names or names & {"ckpt.pt", "ckpt_prev.pt"}:
+        return True
+    try:
+        return "denoiser_process" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def save_checkpoint(folder: str | Path, state: dict[str, Any]) -> bool:
-    """Write ckpt.pt; the one before becomes ckpt_prev.pt. A failed write warns and leaves both.  ->
-    is it written?"""
+    """Write ckpt.pt; the one before becomes ckpt_prev.pt. A failed write warns and leaves both.
+
+    ->  is it written?
+    """
     new = Path(folder) / "ckpt.tmp"
     newest = Path(folder) / "ckpt.pt"
     previous = Path(folder) / "ckpt_prev.pt"
     try:
         torch.save({**state, "digest": digest(state)}, new)
+        sync_to_disk(new)
         if newest.exists():
             os.replace(newest, previous)
         os.replace(new, newest)
+        sync_to_disk(newest.parent)
         return True
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         new.unlink(missing_ok=True)
-        print(
-            f"warning: {newest} not written ({first_line(error)}); training goes on",
-            file=sys.stderr,
-        )
+        reason = first_line(error)
+        print(f"warning: {newest} not written ({reason}); training goes on", file=sys.stderr)
         return False
 
 
-def load_checkpoint(folder: str | Path) -> dict[str, Any] | None:
-    """The newest checkpoint of a run, on the CPU; None where there is none yet."""
-    newest = Path(folder) / "ckpt.pt"
-    previous = Path(folder) / "ckpt_prev.pt"
-    if not newest.exists() and previous.exists():  # killed between the two renames of a save
-        print(f"{newest} is missing; going on from {previous}", file=sys.stderr)
-        newest = previous
-    if not newest.exists():
-        return None
-    hint = (
-        f" (the one before it is {previous}; rename it to ckpt.pt to use it)"
-        if previous.exists()
-        else ""
-    )
+class Unreadable(Exception):
+    """A checkpoint that is damaged, or none of ours."""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Plain tensors and numbers, on the CPU."""
     try:
-        state = torch.load(newest, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         is_whole = isinstance(state, dict) and state.pop("digest", None) == digest(state)
     except Exception as error:  # torch.load raises a dozen kinds
-        raise SystemExit(
-            f"{newest} cannot be read as a checkpoint: {first_line(error)}{hint}"
-        ) from None
+        raise Unreadable(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if not is_whole:
-        raise SystemExit(f"{newest} is damaged: its digest does not match{hint}")
+        raise Unreadable(f"{path} is damaged: its digest does not match")
     if "grey_levels" not in state.get("config", {}):
-        raise SystemExit(
-            f"{newest} was written by an older version of this program: train it again"
-        )
+        raise SystemExit(f"{path} was written by an older version of this program: train it again")
     return state
+
+
+def load_checkpoint(folder: str | Path) -> dict[str, Any] | None:
+    """The newest checkpoint of a run that can be read; None where there is none yet.
+
+    The newest is missing after a kill between the two renames of a save.
+    """
+    paths = [Path(folder) / name for name in ("ckpt.pt", "ckpt_prev.pt")]
+    complaints = []
+    for path in paths:
+        if not path.exists():
+            complaints.append(f"{path} is missing")
+            continue
+        try:
+            state = read_checkpoint(path)
+        except Unreadable as error:
+            complaints.append(str(error))
+            continue
+        if complaints:
+            print(f"warning: {complaints[0]}; going on from {path}", file=sys.stderr)
+        return state
+    if not any(path.exists() for path in paths):
+        return None
+    raise SystemExit("; ".join(complaints))
 
 
 def require_checkpoint(folder: str | Path) -> dict[str, Any]:

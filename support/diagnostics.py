@@ -53,9 +53,8 @@ def time_block(block: model.Block, shape: model.Shape, batch: int, device: torch
         y = block(x, label_tokens, rope)
     y.sum().backward()
     x.grad.sum().item()  # waits for the device
-    return sum(
-        size for where, size in kept.items() if where not in weights
-    ), time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    return sum(size for where, size in kept.items() if where not in weights), seconds
 
 
 def cost_of_step(
@@ -104,8 +103,7 @@ def dry_run(cfg: config.Config, spec: methods.Spec) -> None:
     cost = cost_of_step(spec, cfg.batch_size, device, runtime.autocast(device, cfg.dtype))
     print(
         f"{cfg.data}: {describe_data(spec)}; {cost.n_params / 1e6:.2f} M parameters; "
-        f"batch {cfg.batch_size} per "
-        "process"
+        f"batch {cfg.batch_size} per process"
     )
     parts = [f"{name} {size / 2**30:.2f}" for name, size in cost.bytes.items()]
     print(f"memory per process: {sum(cost.bytes.values()) / 2**30:.2f} GiB = " + " + ".join(parts))

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import functools
 import json
 import netrc
 import os
@@ -9,6 +10,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,43 +195,79 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 class Log:
-    """log.jsonl always, Weights & Biases where a project is named. Rank 0 only."""
+    """log.jsonl always, Weights & Biases where a project is named. Rank 0 only.
+
+    What cannot be logged is said once; it never ends a run.
+    """
 
     def __init__(self, folder: str | Path, cfg, world: World):
-        self.file = open(Path(folder) / "log.jsonl", "a") if world.is_main else None
-        self.wandb = start_wandb(Path(folder), cfg) if world.is_main and cfg.wandb_project else None
+        self.warned = set()
+        self.file = None
+        self.wandb = None
+        if world.is_main:
+            with self.never_fatal("log.jsonl"):
+                self.file = open_log(Path(folder) / "log.jsonl")
+        if world.is_main and cfg.wandb_project:
+            with self.never_fatal("wandb", Exception):
+                self.wandb = start_wandb(Path(folder), cfg)
+
+    @contextmanager
+    def never_fatal(self, what: str, *kinds: type[Exception]) -> Iterator[None]:
+        """Errors of these kinds (OSError, if none is named) are said once."""
+        try:
+            yield
+        except kinds or (OSError,) as error:  # noqa: B030
+            if what not in self.warned:
+                self.warned.add(what)
+                print(f"warning: {what}: {first_line(error)}; training goes on", file=sys.stderr)
 
     def write(self, it: int, **values: Any) -> None:
         if self.file:
-            self.file.write(json.dumps({"it": it, **values}) + "\n")
-            self.file.flush()
+            with self.never_fatal("log.jsonl"):
+                self.file.write(json.dumps({"it": it, **values}) + "\n")
+                self.file.flush()
         if self.wandb:
-            numbers = {
-                key: value for key, value in values.items() if isinstance(value, int | float)
-            }
-            for key, value in values.items():
-                if isinstance(value, list):
-                    numbers |= {f"{key}/{i}": part for i, part in enumerate(value)}
-            numbers |= {f"floor/{key}": value for key, value in values.get("floors", {}).items()}
-            self.wandb.log(numbers, step=it)
+            with self.never_fatal("wandb", Exception):
+                self.wandb.log(numbers_of(values), step=it)
 
     def media(self, it: int, **paths: Path) -> None:
         """Pictures (.png) and videos."""
-        import wandb
+        with self.never_fatal("wandb", Exception):
+            import wandb
 
-        media = {}
-        for name, path in paths.items():
-            is_picture = path.suffix == ".png"
-            media[name] = (
-                wandb.Image(str(path)) if is_picture else wandb.Video(str(path), format="mp4")
-            )
-        self.wandb.log(media, step=it)
+            media = {}
+            for name, path in paths.items():
+                is_picture = path.suffix == ".png"
+                kind = wandb.Image if is_picture else functools.partial(wandb.Video, format="mp4")
+                media[name] = kind(str(path))
+            self.wandb.log(media, step=it)
 
     def close(self) -> None:
         if self.file:
-            self.file.close()
+            with self.never_fatal("log.jsonl"):
+                self.file.close()
         if self.wandb:
-            self.wandb.finish()
+            with self.never_fatal("wandb", Exception):
+                self.wandb.finish()
+
+
+def open_log(path: Path):
+    """To append to; a last line that a kill left torn is cut."""
+    file = open(path, "ab+")
+    file.seek(0)
+    end = file.read().rfind(b"\n") + 1
+    file.truncate(end)
+    file.close()
+    return open(path, "a")
+
+
+def numbers_of(values: dict[str, Any]) -> dict[str, float]:
+    """What Weights & Biases plots: numbers, and each entry of a list or of the floors."""
+    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    for key, value in values.items():
+        if isinstance(value, list):
+            numbers |= {f"{key}/{i}": part for i, part in enumerate(value)}
+    return numbers | {f"floor/{key}": value for key, value in values.get("floors", {}).items()}
 
 
 def start_wandb(folder: Path, cfg):
@@ -240,7 +278,7 @@ def start_wandb(folder: Path, cfg):
     if mode == "offline":
         print("wandb: offline, to be sent later with `wandb sync`")
     id_file = folder / "wandb_id.txt"
-    if not id_file.exists():
+    if not id_file.exists() or not id_file.read_text().strip():
         id_file.write_text(secrets.token_hex(4) + "\n")
     return wandb.init(
         project=cfg.wandb_project, entity=cfg.wandb_entity or None, dir=folder, mode=mode,

@@ -1,7 +1,6 @@
 """A run in training: its data, its folder, its networks, averages and optimizers."""
 
 import copy
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -47,19 +46,11 @@ def open_data(cfg: config.Config) -> tuple[methods.Spec, dict[str, data.Split]]:
     return spec, splits
 
 
-def is_run(folder: Path) -> bool:
-    """Is there a config.json of ours?"""
-    try:
-        return "denoiser_process" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-
-
 def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> dict[str, Any] | None:
     """Make the run's folder, or find a run that can go on in it.  -> its checkpoint or None"""
     folder = Path(cfg.out_dir)
     with runtime.one_line_errors(OSError):
-        if folder.exists() and any(folder.iterdir()) and not is_run(folder):
+        if folder.exists() and not checkpoint.is_run(folder):
             raise SystemExit(
                 f"{folder} holds files, but no run of this program: choose another --out-dir"
             )
@@ -76,7 +67,7 @@ def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> di
             print(f"{folder} goes on with " + ", ".join(changed))
     if world.is_main and not (state and state["it"] >= cfg.max_iters):
         with runtime.one_line_errors(OSError):
-            (folder / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+            checkpoint.write_config(folder, asdict(cfg))
     return state
 
 

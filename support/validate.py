@@ -106,7 +106,8 @@ def validate_and_log(
     scores = validate(cfg, spec, nets, split, device)
     log.write(it, **scores)
     if cfg.eval_samples:
-        draw_samples(cfg, spec, nets, split, it, log, device)
+        with log.never_fatal("samples.png"):
+            draw_samples(cfg, spec, nets, split, it, log, device)
     words = [
         f"{key.removeprefix('val_')} {value and round(value, 4)}"
         for key, value in scores.items()

@@ -445,11 +445,73 @@ def test_other_lr_and_length_are_applied_and_said(copy, capsys):
     ],
     ids=["half", "empty", "text", "one bit"],
 )
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(copy, spoil, word):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, spoil, word, capsys):
+    """Training goes on from ckpt_prev.pt, with a warning; where both are damaged both are named."""
     (copy / "ckpt.pt").write_bytes(spoil(bytes_of(copy)))
+    train_ddpd.main(tiny(copy.name, "--max-iters", 3))
+    warning = capsys.readouterr().err
+    assert word in warning and "going on from" in warning and "ckpt_prev.pt" in warning
+    assert checkpoint_of(copy.name)["it"] == 3
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        (copy / name).write_bytes(b"hello")
     message = refusal(train_ddpd.main, tiny(copy.name, "--max-iters", 9))
-    assert word in message and "ckpt_prev.pt" in message
-    assert torch.load(copy / "ckpt_prev.pt", weights_only=True)["it"] == 1
+    assert "ckpt.pt cannot be read" in message and "ckpt_prev.pt cannot be read" in message
+
+
+def test_a_save_reaches_the_disk_before_it_is_renamed(copy, monkeypatch):
+    """File written, synced, renamed, folder synced: a power loss at any moment leaves a whole file."""
+    events = []
+    sync, rename = os.fsync, os.replace
+
+    def note_sync(descriptor):
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        sync(descriptor)
+
+    def note_rename(source, target):
+        events.append(("rename", Path(source).name, Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    train_ddpd.main(tiny(copy.name, "--max-iters", 3))
+    config_json = [("sync", "config.tmp"), ("rename", "config.tmp", "config.json")]
+    renames = [("rename", "ckpt.pt", "ckpt_prev.pt"), ("rename", "ckpt.tmp", "ckpt.pt")]
+    in_folder = ("sync", copy.name)
+    assert events == [*config_json, in_folder, ("sync", "ckpt.tmp"), *renames, in_folder]
+
+
+def test_a_start_that_was_killed_locks_nobody_out(copy):
+    """A folder with a good ckpt.pt is a run, whatever config.json holds; left-over .tmp files count
+    as nothing."""
+    (copy / "config.json").write_text("")
+    (copy / "config.tmp").write_text("{")
+    train_ddpd.main(tiny(copy.name, "--max-iters", 3))
+    assert json.loads((copy / "config.json").read_text())["max_iters"] == 3
+    fresh = Path("out/killed_at_once")
+    fresh.mkdir(parents=True)
+    (fresh / "config.tmp").write_text("{")
+    train_ddpd.main(tiny(fresh.name, "--max-iters", 1))
+    assert checkpoint_of(fresh.name)["it"] == 1
+
+
+def test_logging_never_ends_a_run(copy, monkeypatch, capsys):
+    """A full disk under log.jsonl and samples.png is said once each; a torn last line is cut."""
+    log = copy / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"it": 2, "planner_l')
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", lambda *args, **kwargs: full())
+        patch.setattr("support.checkpoint.write_config", lambda *args: None)
+        patch.setattr("support.render.samples_png", full)
+        train_ddpd.main(tiny(copy.name, "--max-iters", 4, "--eval-interval", 1))
+    said = capsys.readouterr().err
+    assert said.count("log.jsonl: [Errno 28]") == said.count("samples.png: [Errno 28]") == 1
+    assert checkpoint_of(copy.name)["it"] == 4
+    assert log.read_text() == whole
 
 
 def test_a_checkpoint_of_an_older_version_is_refused(copy):
@@ -503,7 +565,8 @@ class Hostile:
 
 
 def test_a_checkpoint_that_runs_code_is_refused(copy):
-    torch.save({"it": 1, "config": Hostile()}, copy / "ckpt.pt")
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        torch.save({"it": 1, "config": Hostile()}, copy / name)
     message = refusal(train_ddpd.main, tiny(copy.name, "--max-iters", 9))
     assert "cannot be read as a checkpoint" in message
     assert not Path("hacked").exists()
