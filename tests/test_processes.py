@@ -325,3 +325,9 @@ def test_closed_forms_refuse_the_new_process_by_name(neighbour, name, rng):
     closed_form(Noise("uniform", V), rng)           # fine where redrawn tokens are uniform
     with pytest.raises(ValueError, match=r"process neighbour .* no closed-form posterior"):
         closed_form(neighbour, rng)
+
+
+def test_one_network_as_both_refuses_the_new_process(neighbour):
+    """Its planner is derived from the closed form; the Spec is refused before any training."""
+    with pytest.raises(ValueError, match=r"process neighbour .* no closed-form posterior"):
+        tiny_spec("ddpd-single", denoiser_process="neighbour")
