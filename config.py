@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 CONFIGS = Path(__file__).parent / "configs"
-CONTEXT_FRAMES = 2      # of a held-out video, which its sample goes on from
 
 
 class Bound(NamedTuple):
@@ -198,7 +197,7 @@ class DecodingFlags:
 @dataclass(frozen=True)
 class VideoFlags:
     """Videos."""
-    context_frames: NotNegative = CONTEXT_FRAMES    # frames of held-out videos that are given
+    context_frames: NotNegative = 2         # frames of held-out videos that are given
     frames: NotNegative = 0                 # in all; 0: as the data, or 8 times that in evaluate.py
 
 

@@ -118,22 +118,20 @@ class Judged:
             raise SystemExit(f"--frames {flags.frames}: a {self.spec.name} run makes {own}")
         return own
 
-    def held_out(
-        self, flags: Flags,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | tuple[None, None, None]:
-        """Sequences to go on from, n_samples at most.  -> real, known_tokens, known (n, N)"""
+    def held_out(self, flags: Flags) -> "HeldOut":
+        """Sequences to go on from, n_samples at most; else classes in turn."""
         spec = self.spec
         if not spec.is_video and not spec.meta["given"]:
-            return None, None, None
+            return HeldOut(np.arange(flags.n_samples) % max(1, spec.n_classes))
         val = self.splits["val"]
-        real = val.spread_subset(min(flags.n_samples, len(val)))[0]
+        real, labels = val.spread_subset(min(flags.n_samples, len(val)))
         if spec.is_video:
             real = self.real_frames(real.reshape(len(real), *spec.grid), self.n_frames(flags))
         known = data.context_mask(spec.meta, torch.from_numpy(real), flags.context_frames)
         if known is None:
-            return real, real, None
+            return HeldOut(labels, real, real)
         known = known.numpy()
-        return real, flip_known(real, known, flags.flips, spec.vocab), known
+        return HeldOut(labels, real, flip_known(real, known, flags.flips, spec.vocab), known)
 
     def real_frames(self, videos: np.ndarray, n_frames: int) -> np.ndarray:
         """Videos (n, F, h, w), cut or continued to n_frames.  -> (n, N)"""
@@ -161,9 +159,9 @@ class Judged:
         for i in tqdm(batches, unit="batch", leave=False):
             label = torch.as_tensor(labels)[i].to(device)
             if known_tokens is not None:
-                options["known_tokens"] = torch.from_numpy(known_tokens[i]).to(device)
+                options["known_tokens"] = torch.from_numpy(known_tokens)[i].to(device)
             if known is not None:
-                options["known"] = torch.from_numpy(known[i]).to(device)
+                options["known"] = torch.from_numpy(known)[i].to(device)
             with runtime.autocast(device, self.spec.config["dtype"]):
                 states = methods.sample(
                     self.spec, self.run.nets, label, sampler=sampler, generator=rng, **options
@@ -173,6 +171,14 @@ class Judged:
             nfe.append(final.nfe.float().cpu())
         seconds = (time.perf_counter() - began) / len(labels)
         return np.concatenate(tokens), torch.cat(nfe).mean().item(), seconds
+
+
+class HeldOut(NamedTuple):
+    """What samples start from."""
+    labels: np.ndarray                      # (n,)
+    real: np.ndarray | None = None          # (n, N) held-out sequences
+    known_tokens: np.ndarray | None = None  # (n, N), real ones with flips
+    known: np.ndarray | None = None         # (n, N) bool
 
 
 def flip_known(real: np.ndarray, known: np.ndarray, rate: float, vocab: int) -> np.ndarray:
@@ -245,7 +251,7 @@ def plan_stages(row: str, judged: Judged, nfe: int, flags: Flags) -> list[Stage]
         options["temperature_end"] = variant["temperature_end"] * given.get("temperature", 1.0)
     options["n_steps"] = n_steps_of(row, judged, nfe, flags)
     if spec.is_video:
-        options |= dict(frames=judged.n_frames(flags), context_frames=flags.context_frames)
+        options["frames"] = judged.n_frames(flags)
     stages = [Stage(row, sampler, options)]
     if flags.correct and "self_correct" in spec.method.samplers:
         options = options_for("self_correct") | dict(n_steps=flags.correct)
@@ -259,9 +265,8 @@ def evaluate(judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: 
     """One row of the table, and one more where samples are corrected afterwards.  -> [{column:
     value}]"""
     spec, run = judged.spec, judged.run
-    real, tokens, known = judged.held_out(flags)
-    n = flags.n_samples if real is None else len(real)
-    labels = np.arange(n) % spec.n_classes if spec.n_classes else np.zeros(n, np.int64)
+    labels, real, tokens, known = judged.held_out(flags)
+    n = len(labels)
     stages = plan_stages(row, judged, nfe, flags)
     rows = []
     total_nfe = total_s = 0.0

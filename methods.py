@@ -183,9 +183,18 @@ def self_correct(spec, nets, x, label, **options):
     )
 
 
-def rollout(spec, nets, x, label, *, n_steps, frames=0, context_frames=0, lag=-1, **options):
+def rollout_levels(spec, known, n_steps, frames=0, lag=-1):
+    """The scheduling matrix of a rollout after the first frames, as far as all tokens are known."""
+    context_frames = 0
+    if known is not None and spec.is_video:
+        is_known = known.view(len(known), -1, spec.shape.frame_size).all(2).all(0)     # (F,)
+        context_frames = int(is_known.int().cumprod(0).sum())
+    return forcing.rollout_levels(spec.grid, n_steps, frames, lag, context_frames)
+
+
+def rollout(spec, nets, x, label, *, n_steps, frames=0, lag=-1, **options):
     denoiser = nets["denoiser"]
-    levels = forcing.rollout_levels(spec.grid, n_steps, frames, lag, context_frames)
+    levels = rollout_levels(spec, options.get("known"), n_steps, frames, lag)
     is_plain = "reward" not in options and options.get("guidance", 1) == 1
     if spec.shape.causal and is_plain:
         options["kv_cache"] = model.KVCache(spec.shape)
@@ -276,13 +285,12 @@ def options_of(sampler: Sampler) -> list[str]:
 def sample(
     spec: Spec, nets: dict[str, Callable], label: Tensor, *, n_steps: int,
     generator: torch.Generator, sampler: str = "", known: Tensor | None = None,
-    known_tokens: Tensor | None = None, frames: int = 0, context_frames: int = 0, **options,
+    known_tokens: Tensor | None = None, frames: int = 0, **options,
 ) -> Iterator[State]:
     """Sample a run's networks from pure noise, but for the tokens that are known.  -> yields State
 
     label (B,); sampler: one of the method's, "": its first; known (B, N) bool, known_tokens (B, N);
-    self_correct mends known_tokens. frames (0: as many as the data has) and context_frames, how
-    many of them are known, are of rollouts.
+    self_correct mends known_tokens; frames of a rollout, 0: as many as the data has
     """
     sampler = sampler or next(iter(spec.method.samplers))
     chosen = find_sampler(spec, sampler)
@@ -297,7 +305,7 @@ def sample(
         if known is not None:
             x = torch.where(known, known_tokens, x)
     if spec.method.has_own_levels:
-        options |= dict(frames=frames, context_frames=context_frames)
+        options["frames"] = frames
     return chosen.call(
         spec, nets, x, label, n_steps=n_steps, generator=generator, known=known,
         null_label=spec.n_classes, **options,

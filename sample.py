@@ -52,7 +52,6 @@ from tqdm import tqdm
 
 import data
 import methods
-from diffusion import forcing
 from support import render, runtime
 from support.validate import render_frame
 
@@ -236,7 +235,7 @@ def draw(flags: Flags, run: methods.Run, start: Start, stages: list[Stage]) -> D
             states = methods.sample(
                 run.spec, run.nets, label, sampler=stage.sampler, n_steps=stage.n_steps,
                 generator=rng, known=known, known_tokens=known_tokens, frames=flags.frames,
-                context_frames=flags.context_frames, **stage.options,
+                **stage.options,
             )
             first = next(states)  # a refusal comes before the bar
             total = (
@@ -279,9 +278,7 @@ def write_videos(
             known = start.known[:n].unflatten(1, start.grid).numpy()
         if spec.is_video and spec.method.has_own_levels:
             lag = 0 if stage.sampler == "ancestral" else stage.options.get("lag", -1)
-            levels = forcing.rollout_levels(
-                spec.grid, stage.n_steps, flags.frames, lag, flags.context_frames
-            )
+            levels = methods.rollout_levels(spec, start.known, stage.n_steps, flags.frames, lag)
             pictures = render.rollout_frames(frames, levels[1:].numpy(), real, known, spec.meta)
         else:
             errors = None if wrong is None else wrong[:n]

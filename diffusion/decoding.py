@@ -75,8 +75,14 @@ def cfg_logits(
     return unlabelled + decoding.guidance * (labelled - unlabelled), 2
 
 
+def refuse_nan(logits: Tensor) -> None:
+    if logits.isnan().any():
+        raise ValueError("the network's logits are not numbers (NaN): nothing can be sampled")
+
+
 def truncate_probs(logits: Tensor, decoding: Decoding) -> Tensor:
     """Probabilities after temperature, top-k, top-p and min-p.  (..., V) -> (..., V)"""
+    refuse_nan(logits)
     logits = logits / decoding.temperature
     if 0 < decoding.top_k < logits.shape[-1]:
         least = logits.topk(decoding.top_k).values[..., -1:]

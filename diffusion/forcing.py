@@ -177,6 +177,9 @@ def rollout(
     swarm = Particles(reward, reward_weight, particles, n_draws, x, generator) if reward else None
     steps = [i for i in range(len(levels) - 1) if (levels[i] > levels[i + 1]).any()]
     nfe = torch.zeros_like(label)
+    if not steps:                                       # all is known
+        nothing = torch.zeros(len(x), n_tokens, device=x.device)
+        yield State(x[:, :n_tokens], nothing, nothing.bool(), nothing[:, 0], nfe)
     for i in steps:
         view = view_of_step(levels[i], levels[i + 1], window or len(levels[i]), kv_cache, editable)
         t_input = torch.where(view.t == 0, stabilization_level, view.t)

@@ -23,8 +23,7 @@ class Particles:
         self.weight = weight
         self.n = n
         self.n_draws = n_draws
-        self.last_reward = torch.zeros(len(x), device=x.device)
-        self.log_weights = torch.zeros(len(x), device=x.device)
+        self.counted_reward = torch.zeros(len(x), device=x.device)     # what resampling has used up
         # a separate generator, so that SMC leaves the sampler's stream unchanged
         seed = generator.initial_seed() + 1
         self.generator = torch.Generator(x.device).manual_seed(seed)
@@ -41,28 +40,35 @@ class Particles:
         for _ in range(self.n_draws):
             u = torch.rand(p_noise.shape, generator=self.generator, device=x.device)
             draws = sample_categorical(probs, self.generator)
-            clean = x.clone()
+            clean = torch.where(x < probs.shape[-1], x, self.uniform_ids(x, probs.shape[-1]))
             clean[:, seen] = torch.where(u < p_noise, draws, x[:, seen])
             total += self.reward(clean[:, :n_tokens])
         return total / self.n_draws
 
     def reweight_and_resample(self, reward: Tensor, always: bool = False) -> Tensor:
         """Weigh each row by what its reward (B,) has gained, and resample.  -> rows (B,) to keep"""
-        self.log_weights = self.log_weights + self.weight * (reward - self.last_reward)
-        rows, self.log_weights = resample(self.log_weights, self.n, self.generator, always)
-        self.last_reward = reward[rows]
+        gain = reward - self.counted_reward
+        log_weights = self.weight * gain if self.weight else torch.zeros_like(gain)
+        rows, is_resampled = resample(log_weights, self.n, self.generator, always)
+        self.counted_reward = torch.where(is_resampled, reward[rows], self.counted_reward)
         return rows
 
+    def uniform_ids(self, x: Tensor, vocab: int) -> Tensor:
+        """In place of masks in frames that the denoiser does not see yet: rewards see no masks."""
+        return torch.randint(vocab, x.shape, generator=self.generator, device=x.device)
 
-def resample(log_weights: Tensor, n_particles: int, generator: torch.Generator,
-             always: bool = False) -> tuple[Tensor, Tensor]:
-    """Systematic resampling of the groups whose effective size is under half (always: whose weights
-    differ).
 
-    log_weights (B,), groups of n_particles rows  ->  rows (B,), log_weights (B,): 0 where a group
-    was resampled
+def resample(
+    log_weights: Tensor, n_particles: int, generator: torch.Generator, always: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Systematic resampling of groups whose effective size is under half (always: any that differ).
+
+    log_weights (B,), groups of n_particles rows  ->  rows (B,), is_resampled (B,) bool
     """
     groups = log_weights.view(-1, n_particles)
+    if (groups.amax(1) == -torch.inf).any():
+        group = int((groups.amax(1) == -torch.inf).nonzero()[0])
+        raise ValueError(f"every particle of group {group} has reward -inf: nothing to go on from")
     w = groups.double().softmax(1)
     if always:
         is_resampled = groups.amax(1) > groups.amin(1)
@@ -74,4 +80,4 @@ def resample(log_weights: Tensor, n_particles: int, generator: torch.Generator,
     chosen = torch.searchsorted(w.cumsum(1).clamp_max(1), points).clamp_max(n_particles - 1)
     start_of_group = torch.arange(len(w), device=w.device)[:, None] * n_particles
     rows = torch.where(is_resampled[:, None], chosen, own) + start_of_group
-    return rows.flatten(), torch.where(is_resampled[:, None], 0.0, groups).flatten()
+    return rows.flatten(), is_resampled.repeat_interleave(n_particles)

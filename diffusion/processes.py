@@ -165,8 +165,8 @@ def planner_bce_floor(vocab: int) -> float:
 def require_posterior(noise: Noise) -> None:
     if not noise.has_posterior:
         raise ValueError(
-            f"process {noise.process} redraws by x0 and has no closed-form posterior: sample it "
-            "with ddpd"
+            f"process {noise.process} redraws by x0 and has no closed-form posterior: it needs a "
+            "planner, and sampler ddpd"
         )
 
 

@@ -23,6 +23,7 @@ from diffusion.decoding import (
     editable_mask,
     gather_at,
     race_keys,
+    refuse_nan,
     sample_at,
     sample_categorical,
     topk_mask,
@@ -79,7 +80,7 @@ def ddpd(
     nfe = torch.zeros_like(label)
     for step in range(n_steps + refine):
         is_refining = step >= n_steps
-        if done.all() and not is_refining:
+        if step and done.all() and not is_refining:
             continue
         rule = "fixed" if is_refining else schedule
         rows = (is_refining | ~done).nonzero()[:, 0]                    # (b,) sequences at work
@@ -134,8 +135,10 @@ def plan_noise(
     if planner is not None:
         planner_options = replace(options, guidance=planner_guidance)
         logits, calls = cfg_logits(planner, x, t, label, planner_options)
+        refuse_nan(logits)
         return Plan(logits.float().sigmoid() * editable, None, calls)
     logits, calls = cfg_logits(denoiser, x, t, label, options)
+    refuse_nan(logits)
     noise = Noise(process, logits.shape[-1])
     p_noise, leave_one_out = split_planner_denoiser(logits.float().softmax(-1), x, t, noise)
     return Plan(p_noise * editable, leave_one_out.log(), calls)

@@ -198,7 +198,7 @@ def guide(judged: evaluate.Judged) -> None:
     """
     path = judged.metrics.source.PATH
     mazes = judged.held_out(evaluate.Flags(runs=(), n_samples=N_GUIDED))
-    real, known_tokens, known = (np.repeat(y, PARTICLES, axis=0) for y in mazes)
+    real, known_tokens, known = (np.repeat(y, PARTICLES, axis=0) for y in mazes[1:])
     free = draw_paths(judged, known_tokens, known, seed=0)
     is_valid = score(judged, free)["valid"]                             # (mazes * particles,)
     crosses = (free == path) & is_valid[:, None]

@@ -151,6 +151,7 @@ def print_summary(
             "(tokens redrawn as themselves)"
         )
     is_fresh_overfit = 0 < cfg.overfit <= 64 and cfg.overfit_noise == "fresh"
+    is_fresh_overfit = is_fresh_overfit and spec.noise.has_posterior
     if is_fresh_overfit and cfg.method == "ddpd" and not spec.meta["given"]:
         rows = np.arange(min(cfg.overfit, len(train)))
         x0, label = (torch.from_numpy(y) for y in train.rows(rows))

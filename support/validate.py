@@ -124,15 +124,18 @@ def draw_samples(
     """samples.png of a few samples, classes in turn, by the method's first sampler; with its video
     for wandb."""
     label = torch.arange(cfg.eval_samples, device=device) % max(1, spec.n_classes)
-    real = torch.from_numpy(split.spread_subset(cfg.eval_samples)[0]).to(device)
+    real, real_label = (
+        torch.from_numpy(y).to(device) for y in split.spread_subset(cfg.eval_samples)
+    )
+    known = data.context_mask(spec.meta, real, cfg.context_frames)
+    if known is not None:
+        label = real_label
     rng = runtime.generator(runtime.EVAL, device=device)
     frames = []
     with runtime.autocast(device, cfg.dtype):
         states = methods.sample(
             spec, nets, label, n_steps=N_STEPS_PER_FRAME if spec.is_video else N_STEPS,
-            generator=rng, known_tokens=real,
-            known=data.context_mask(spec.meta, real, config.CONTEXT_FRAMES),
-            context_frames=config.CONTEXT_FRAMES,
+            generator=rng, known_tokens=real, known=known,
         )
         for state in states:
             if log.wandb:

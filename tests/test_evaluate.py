@@ -166,7 +166,8 @@ def test_correction_has_a_row_of_its_own(folder):
     """A gidd run, before and after self-correction: calls of both stages are counted."""
     gidd = ["--method", "gidd", "--p-uniform", 0.2]
     train_ddpd.main(tiny_config("g", "--max-iters", 2, *gidd))
-    done = script("evaluate.py", "out/g", "--nfe", 3, "--n-samples", 20, "--correct", 2)
+    last_batch_of_one = ["--n-samples", 20, "--batch-size", 19]
+    done = script("evaluate.py", "out/g", "--nfe", 3, "--correct", 2, *last_batch_of_one)
     assert done.returncode == 0, done.stderr
     rows = [(row["sampler"], row["nfe"]) for row in rows_of("out/g")]
     assert rows == [("ancestral", "3.0"), ("ancestral+correct", "5.0")]

@@ -601,9 +601,9 @@ def test_particles_reach_the_tilted_law(lag, n_draws, rng):
 def test_resampling(rng):
     """Only groups of small effective size, each within itself, in proportion to the weights."""
     log_weights = torch.tensor([0.0, 0.0, 0.1, 0.0, 5.0, 0.0, 0.0, 0.0])
-    rows, left = resample(log_weights, 4, rng)
+    rows, is_resampled = resample(log_weights, 4, rng)
     assert rows.tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
-    assert left.tolist() == [*log_weights[:4].tolist(), 0, 0, 0, 0]
+    assert is_resampled.tolist() == [False] * 4 + [True] * 4
 
     rows, _ = resample(torch.zeros(8), 4, rng, always=True)     # equal weights: nothing to do
     assert rows.tolist() == list(range(8))
@@ -616,7 +616,74 @@ def test_resampling(rng):
     assert torch.allclose(counts / counts.sum(), weights, atol=0.02)
 
 
+def test_a_hard_constraint_is_met(rng):
+    """A reward of -inf rules sequences out; a group with nothing else is refused by name."""
+    world = dense().under("hybrid", 0.2)
+    levels = scheduling_matrix(16, 3, 0) ** 2
+    x = torch.full((2**14, 3), 3)
+
+    def no_twos(x):
+        return torch.where((x == 2).any(1), -torch.inf, 0.0)
+
+    options = dict(vocab=3, p_uniform=0.2, particles=2**12)
+    final = run(world.denoiser, x, levels, rng, reward=no_twos, **options)
+    assert not (final.x == 2).any()
+    allowed = ~(world.points == 2).any(1)
+    tilted = World(world.points, world.q * allowed, 3)
+    assert tilted.distance(final.x) < 0.05
+
+    def nothing(x):
+        return torch.full((len(x),), -torch.inf)
+
+    with pytest.raises(ValueError, match="every particle of group 0 has reward -inf"):
+        run(world.denoiser, x, levels, rng, reward=nothing, **options)
+
+
+def test_rewards_see_no_masks(rng):
+    """Not even those of frames that the window has not reached."""
+    seen = []
+
+    def reward(x):
+        seen.append(x.max().item())
+        return torch.zeros(len(x))
+
+    levels = rollout_levels([3, 2, 1], 2, frames=8)
+    x = torch.full((4, 16), V)
+    run(constant_denoiser, x, levels, rng, vocab=V, window=3, reward=reward, particles=2)
+    assert max(seen) < V
+
+
 # Known tokens and context frames
+
+
+def test_where_all_is_known_one_state_comes_back(rng):
+    """No network is called, and nothing is written."""
+    def net(x, t, label, sites=None):
+        raise AssertionError("called")
+
+    x = torch.randint(V, (2, 8), generator=rng)
+    known = torch.ones_like(x, dtype=torch.bool)
+    states = list(rollout(net, x, rollout_levels([2, 2, 2], 4), rng, vocab=V, known=known))
+    assert len(states) == 1
+    assert torch.equal(states[0].x, x)
+    assert not states[0].written.any() and not states[0].nfe.any()
+
+
+@pytest.mark.parametrize("known_frames", [[], [0], [1, 2], [0, 1, 3], [0, 1, 2, 3]])
+def test_levels_follow_what_is_known(known_frames, rng):
+    """Any set of known frames, fewer than a run's context or others: no mask is left."""
+    spec = tiny_spec("forcing", grid=(4, 2, 2), noise_granularity="frame", context_frames=2)
+    x0 = torch.randint(7, (3, 16), generator=rng)
+    known = torch.zeros(3, 4, 4, dtype=torch.bool)
+    known[:, known_frames] = True
+    known = known.view(3, 16)
+    nets = {"denoiser": Oracle(x0, 7).denoiser}
+    states = methods.sample(
+        spec, nets, torch.zeros(3).long(), n_steps=3, generator=rng, known=known, known_tokens=x0
+    )
+    final = samplers.last(states)
+    assert torch.equal(final.x, x0)
+    assert (final.nfe == 3 * (4 - len(known_frames))).all()
 
 
 def test_known_ids_and_positions():

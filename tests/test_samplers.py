@@ -525,3 +525,32 @@ def test_a_misfit_of_sampler_and_method_is_refused(method, sampler):
         message = f"{sampler} does not fit a {method} run; one of {', '.join(fitting)} does"
         with pytest.raises(ValueError, match=message):
             methods.find_sampler(spec, sampler)
+
+
+@pytest.mark.parametrize("name", ["ddpd-mask", "ddpd-uniform", "ddpd-single", "gidd", "forcing"])
+def test_networks_that_are_not_numbers_are_refused(name, rng):
+    """NaN logits of any network end every sampler by name."""
+    flags = dict(noise_granularity="token") if name == "forcing" else {}
+    spec = tiny_spec(name, **flags)
+    x = torch.zeros(2, 16).long()
+
+    def broken(x, t, label, sites=None):
+        return torch.full((*(x if sites is None else sites).shape, spec.vocab), torch.nan)
+
+    def broken_planner(x, t, label, sites=None):
+        return torch.full(x.shape, torch.nan)
+
+    def fine_planner(x, t, label, sites=None):
+        return torch.zeros(x.shape)
+
+    for sampler in spec.method.samplers:
+        for planner in (fine_planner, broken_planner):
+            nets = {"denoiser": broken}
+            if "planner" in spec.method.networks:
+                nets["planner"] = planner
+            states = methods.sample(
+                spec, nets, torch.zeros(2).long(), n_steps=2, generator=rng, sampler=sampler,
+                known_tokens=x,
+            )
+            with pytest.raises(ValueError, match="not numbers"):
+                last(states)

@@ -459,7 +459,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, spoil, word, cap
 
 
 def test_a_save_reaches_the_disk_before_it_is_renamed(copy, monkeypatch):
-    """File written, synced, renamed, folder synced: a power loss at any moment leaves a whole file."""
+    """File synced, renamed, folder synced: a power loss at any moment leaves a whole file."""
     events = []
     sync, rename = os.fsync, os.replace
 
