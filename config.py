@@ -129,14 +129,14 @@ class Config(
     """Train a planner and a denoiser.   python train_ddpd.py [NAME or FILE.py ...] [--flags]
 
     NAME is a file of configs/; --list prints them. One process, or as many as torchrun starts. The
-    same command again goes on where the run stopped.
+    same command again resumes a run that was stopped.
     """
 
     GROUPS: typing.ClassVar = {
         "data": DataOptions, "network": NetworkOptions, "optimisation": OptimisationOptions,
         "method": MethodOptions, "logging": LoggingOptions, "run": RunOptions,
     }
-    # A run goes on only with these unchanged; all others may change from one start to the next.
+    # A run is resumed only with these unchanged; all others may change from start to start.
     FIXED: typing.ClassVar = (
         "method", "nets", "denoiser_process", "p_uniform", "process", "noise_granularity", "causal",
         "data", "image_size", "grey_levels", "n_layer", "n_head", "n_embd", "base_width",
@@ -167,7 +167,7 @@ class PlanFlags:
 @dataclass(frozen=True)
 class MaskFlags:
     """Samplers of a mask denoiser: confidence (MaskGIT) and remdm."""
-    # confidence: keep the surest tokens (default), or random ones
+    # confidence: keep the most confident tokens (default), or random ones
     order: Literal["confidence", "random"] | None = None
     noise: float | None = None              # confidence: Gumbel noise on the log-probability; 4.5
     temperature_end: float | None = None    # confidence: where the temperature ends; 0: it stays

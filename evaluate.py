@@ -119,7 +119,7 @@ class Judged:
         return own
 
     def held_out(self, flags: Flags) -> "HeldOut":
-        """Sequences to go on from, n_samples at most; else classes in turn."""
+        """What samples start from: held-out sequences, n_samples at most, or classes in turn."""
         spec = self.spec
         if not spec.is_video and not spec.meta["given"]:
             return HeldOut(np.arange(flags.n_samples) % max(1, spec.n_classes))

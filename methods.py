@@ -22,7 +22,11 @@ from support import checkpoint
 
 
 class Sampler(NamedTuple):
-    """A sampler as a method uses it."""
+    """A sampler as a method uses it.
+
+    `call` is given n_steps, generator, known and null_label besides the user's options, and x as
+    the pure noise of the method's process. The last State holds no masks.
+    """
     function: Callable                  # its keyword arguments are what a user may set
     call: Callable                      # (spec, nets, x, label, **options) -> yields State
     more_options: tuple[str, ...] = ()  # options that `call` reads itself
@@ -64,7 +68,7 @@ class Spec(NamedTuple):
 
     @property
     def n_frames(self) -> int:
-        """Frames that have a noise level of their own; 1 for what is no video."""
+        """1 if not a video."""
         return self.grid[0] if self.is_video else 1
 
 
@@ -142,7 +146,7 @@ def bits_per_token(
     spec: Spec, nets: dict[str, Callable], x0: Tensor, label: Tensor, known: Tensor | None,
     generator: torch.Generator,
 ) -> dict[str, tuple[float, float]]:
-    """Upper bounds on -log2 p(x0) / N.  -> {bound: (bits per token, standard error)}, tight first
+    """Upper bounds on -log2 p(x0) / N, the tight one first.  -> {bound: (bits per token, error)}
 
     x0 (n, N), label (n,), known (n, N) bool or None: tokens that are given and not counted
     """
@@ -204,7 +208,7 @@ def rollout(spec, nets, x, label, *, n_steps, frames=0, lag=-1, **options):
 
 
 def rollout_together(spec, nets, x, label, **options):
-    """Ancestral sampling of all frames at once, on levels evenly spaced for every process."""
+    """All frames at once, on evenly spaced levels whatever the process."""
     return rollout(spec, nets, x, label, lag=0, **options)
 
 
@@ -290,7 +294,7 @@ def sample(
     """Sample a run's networks from pure noise, but for the tokens that are known.  -> yields State
 
     label (B,); sampler: one of the method's, "": its first; known (B, N) bool, known_tokens (B, N);
-    self_correct mends known_tokens; frames of a rollout, 0: as many as the data has
+    self_correct corrects known_tokens; frames of a rollout, 0: as many as the data has
     """
     sampler = sampler or next(iter(spec.method.samplers))
     chosen = find_sampler(spec, sampler)

@@ -1,7 +1,7 @@
-"""Train a planner and a denoiser.   python train_ddpd.py digits      or any number of processes by
-torchrun
+"""Train a planner and a denoiser, in one process or as many as torchrun starts.
 
-The same command again goes on where the run stopped; everything random is a function of (seed,
+python train_ddpd.py digits
+The same command again resumes a run that was stopped; everything random is a function of (seed,
 iteration, micro-batch).
 """
 
@@ -118,7 +118,7 @@ def main(cfg: config.Config) -> None:
     if it >= cfg.max_iters:
         stop.restore()
         if world.is_main:
-            print(f"{cfg.out_dir} is finished: {it} iterations. A larger --max-iters goes on.")
+            print(f"{cfg.out_dir} is finished: {it} iterations. Raise --max-iters to continue.")
         return
     training = build_training(cfg, spec, state, world.device)
     log = runtime.Log(cfg.out_dir, cfg, world)
@@ -201,7 +201,7 @@ def train(
 
 def leave(signal: int, it: int, log: runtime.Log, world: runtime.World) -> None:
     if world.is_main:
-        print(f"stopped by signal {signal} at iteration {it}, saved; the same command goes on")
+        print(f"stopped by signal {signal} at iteration {it}, saved; the same command resumes")
     log.close()
     sys.exit(128 + signal)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 class State(NamedTuple):
     x: Tensor                   # (B, N) tokens after the step
-    p_noise: Tensor             # (B, N) in [0, 1]: the map by which its sites were chosen
+    p_noise: Tensor             # (B, N) in [0, 1]: P(noise), without a planner 1 at masks
     written: Tensor             # (B, N) bool: the sites written in this step
     t: Tensor                   # (B,) noise level that the denoiser was given
     nfe: Tensor                 # (B,) network calls so far

@@ -1,8 +1,8 @@
 """GIDD (arXiv:2503.04482): the likelihood bound of mixed mask and uniform noise as a training loss.
 
 With a, m, c and C the weights of keep, mask, redraw and their sum (processes.Process), and
-b = c / V, the law of the noisy token is q_t(j | p) = (a p_j + b) / C at a data token j and m / C at
-the mask. The loss of a token is
+b = c / V, the distribution of the noisy token is q_t(j | p) = (a p_j + b) / C at a data token j and
+m / C at the mask. The loss of a token is
     w [ KL(q_t(. | x0) || q_t(. | p)) + r - log r - 1 ],    r = q_t(x_t | x0) / q_t(x_t | p),
 where p is the denoiser's leave-one-out prediction and w a weight of token_weights.
 """
@@ -73,7 +73,7 @@ def gidd_tasks(
 def gidd_loss(
     logits: Tensor, x0: Tensor, z: Tensor, t: Tensor, weight: Tensor, noise: Noise,
 ) -> Tensor:
-    """The weighted loss of each token, nats; with masks alone, weight (1 - t) CE at masks.
+    """The weighted loss of each token, nats; with masks alone, weight * (1 - t) * CE at masks.
 
     logits (n, V), x0 (n,), z (n,) in [0, V], t and weight (n,)  ->  (n,)
     """

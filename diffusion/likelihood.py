@@ -33,9 +33,9 @@ def true_noise_prob(x: Tensor, x0: Tensor, t: Tensor, vocab: int) -> Tensor:
 
 
 def elbo_tau_leaping(p_noise: Tensor, probs: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """Planner and denoiser under the law of schedule "leap" of samplers.ddpd.
+    """Planner and denoiser under schedule "leap" of samplers.ddpd.
 
-    Loose even for exact networks: rates that read x alone forget which tokens are done.
+    Loose even for exact networks: rates that depend on x alone cannot tell which tokens are done.
     p_noise (B, N), probs (B, N, V) = p(x0 | x_t, noise)  ->  (B, N)
     """
     truth = true_noise_prob(x, x0, t, probs.shape[-1])

@@ -56,7 +56,7 @@ def planner_task(
     x0: Tensor, t: Tensor, label: Tensor, noise: Noise, generator: torch.Generator,
     known: Tensor | None = None,
 ) -> Task:
-    """Which tokens are noise?  Asked of all that are not known (arXiv:2410.06264, eq. 8)."""
+    """Which tokens are noise?  The loss covers all unknown tokens (arXiv:2410.06264, eq. 8)."""
     xt, is_noise = corrupt(x0, level_per_token(t, x0, known), noise, generator)
     is_asked = torch.ones_like(is_noise) if known is None else ~known
     sites = is_asked.flatten().nonzero()[:, 0]

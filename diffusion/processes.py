@@ -117,7 +117,7 @@ def corrupt(
 
 
 def stratified_t(n: int, generator: torch.Generator, device="cpu") -> Tensor:
-    """n noise levels in random order, a uniform draw in every nth of [T_MIN, T_MAX].  -> (n, 1)"""
+    """n noise levels, one uniform draw in each of n equal intervals, shuffled.  -> (n, 1)"""
     u = torch.rand(n, 1, generator=generator, device=device)
     order = torch.randperm(n, generator=generator, device=device)[:, None]
     return ((order + u) / n).clamp(T_MIN, T_MAX)
@@ -203,7 +203,7 @@ def split_planner_denoiser(
 
 
 def posterior_noise_prob(p_at_x: Tensor, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
-    """p(noise | x_t), from the leave-one-out probability p_at_x of the token at hand.  -> (B, N)"""
+    """p(noise | x_t), from the leave-one-out probability p_at_x of the current token.  -> (B, N)"""
     require_posterior(noise)
     keep, _, redraw = transition_probs(t, noise)
     redraw = (redraw / noise.vocab).expand(x.shape)
@@ -226,8 +226,8 @@ def posterior_keep_prob(p_at_x: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: 
     noise_s = torch.where(is_mask, mask_s, redraw_s / noise.vocab)
     clean_s = torch.where(is_mask, 0.0, keep_s * p_at_x)
     was_x = keep_ts * (clean_s + noise_s)                       # it was x at s already
-    fell_to_x = (noise_t - keep_ts * noise_s).clamp_min(0)      # it fell to x between s and t
-    total = was_x + fell_to_x
+    became_x = (noise_t - keep_ts * noise_s).clamp_min(0)      # it became x between s and t
+    total = was_x + became_x
     return torch.where(total > 0, was_x / total.clamp_min(1e-30), 1.0)
 
 

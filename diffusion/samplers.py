@@ -65,9 +65,9 @@ def ddpd(
     pick       which sites: in proportion to p_noise, or to its odds ("softmax" of the logits)
     denoiser_process  "mask": the denoiser reads x with a mask (id vocab) at every site, and where
                a Bernoulli(p_noise) draw says noise; otherwise it reads x and is told t
-    known      (B, N) bool, tokens that are never written; they count as neither noise nor data
+    known      (B, N) bool, tokens that are never written, and excluded from the clock
     stop       expected number of noise tokens under which a sequence is done; 0: spend all steps
-    refine     further steps of k sites after n_steps, for all sequences; each sharpens the law
+    refine     further steps of k sites, for all sequences; each makes samples less diverse
     """
     options = Decoding(temperature, top_k, top_p, guidance=guidance, null_label=null_label)
     check_ddpd(planner, schedule, pick, denoiser_process, vocab, planner_guidance, null_label)
@@ -278,7 +278,7 @@ def confidence(
     vocab: int | None = None, known: Tensor | None = None, temperature: float = 1.0,
     temperature_end: float = 0.0, **decoding,
 ) -> Iterator[State]:
-    """MaskGIT (arXiv:2202.04200): fill all masks, keep the surest, mask the others again.
+    """MaskGIT (arXiv:2202.04200): fill all masks, keep the most confident, mask the rest.
 
     x (B, N) masks (id vocab)  ->  yields State
     schedule   share of tokens still masked after a share r of the steps: "arccos", arccos(r) 2/pi;
@@ -338,12 +338,12 @@ def remdm(
     remask: str = "confidence", eta: float = 0.2, vocab: int | None = None,
     known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
-    """ReMDM (arXiv:2503.00307): masked diffusion that masks written tokens again, to mend them.
+    """ReMDM (arXiv:2503.00307): masked diffusion that masks written tokens again, to correct them.
 
     x (B, N) masks (id vocab)  ->  yields State. From level t to s a written token is masked with
     probability sigma, at most min(1, s / (1 - t)): eta of that ("rescale"), no more than eta
     ("cap"), or ("confidence") eta of it, shared out by a softmax over minus the probability at
-    which each token was written. The first two keep the law of the data.
+    which each token was written. The first two keep the data distribution.
     """
     options = Decoding(**decoding)
     check_choice("remask", remask, ("confidence", "rescale", "cap"))
@@ -386,7 +386,7 @@ def self_correct(
     k: int = 1, t: float = 0.01, temperature: float = 0.1, patience: int = 16,
     p_uniform: float = 0.1, known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
-    """Mend finished sequences with a denoiser that distrusts tokens (arXiv:2503.04482, section 5).
+    """Correct finished sequences by a denoiser that distrusts them (arXiv:2503.04482, section 5).
 
     x (B, N) without masks  ->  yields State. Each step draws every token anew at level t, and
     writes the k draws that differ and are likeliest. A sequence is done when no draw differs, or
@@ -421,8 +421,8 @@ def self_correct(
         differs = (draws != x[rows]) & editable[rows]
         p_draw = gather_at(probs, draws).double()
         stops = ~differs.any(1) | (steps_since[rows] >= patience)
-        surest = topk_mask(torch.where(differs, p_draw, -1.0), torch.full_like(label[rows], k))
-        sites = surest & differs & ~stops[:, None]
+        likeliest = topk_mask(torch.where(differs, p_draw, -1.0), torch.full_like(label[rows], k))
+        sites = likeliest & differs & ~stops[:, None]
         x[rows] = torch.where(sites, draws, x[rows])
         done[rows] = stops
         written = torch.zeros_like(editable)

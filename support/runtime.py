@@ -182,7 +182,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Show errors of these kinds as one line and exit 1: what a user can mend needs no
+    """Show errors of these kinds as one line and exit 1: what a user can correct needs no
     traceback."""
     try:
         yield

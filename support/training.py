@@ -47,7 +47,7 @@ def open_data(cfg: config.Config) -> tuple[methods.Spec, dict[str, data.Split]]:
 
 
 def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> dict[str, Any] | None:
-    """Make the run's folder, or find a run that can go on in it.  -> its checkpoint or None"""
+    """Make the run's folder, or find a run to resume in it.  -> its checkpoint or None"""
     folder = Path(cfg.out_dir)
     with runtime.one_line_errors(OSError):
         if folder.exists() and not checkpoint.is_run(folder):
@@ -64,7 +64,7 @@ def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> di
             if key in old and old[key] != value and key != "out_dir"
         ]
         if changed and world.is_main:
-            print(f"{folder} goes on with " + ", ".join(changed))
+            print(f"{folder} is resumed with " + ", ".join(changed))
     if world.is_main and not (state and state["it"] >= cfg.max_iters):
         with runtime.one_line_errors(OSError):
             checkpoint.write_config(folder, asdict(cfg))
@@ -74,7 +74,7 @@ def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> di
 def refuse_misfit(
     cfg: config.Config, spec: methods.Spec, state: dict[str, Any], world: runtime.World,
 ) -> None:
-    """Refuse, by name, to go on with another shape, other data or other micro-batches."""
+    """Refuse, by name, to resume with another shape, other data or other micro-batches."""
     old = state["config"]
     for key in cfg.FIXED:
         now = getattr(cfg, key)
