@@ -241,9 +241,11 @@ def ancestral(
             t_input = t.clamp(T_MIN, T_MAX)
             logits, calls = cfg_logits(denoiser, x, t_input, label, options)
             noise = replace(noise, vocab=logits.shape[-1])
+            if kind == "self":                          # truncation acts on what is drawn
+                refuse_nan(logits)
+                probs = to_leave_one_out(logits.float().softmax(-1), x, t, noise)
+                logits = probs.log()
             probs = truncate_probs(logits.float(), options)
-            if kind == "self":
-                probs = to_leave_one_out(probs, x, t, noise)
             p_at_x = gather_at(probs, x)                                # (B, N)
             p_noise = posterior_noise_prob(p_at_x, x, t, noise) * editable
             draws = sample_categorical(probs, generator)

@@ -363,6 +363,22 @@ def test_random_order_one_at_a_time_has_the_law_of_the_data(rng):
     assert distance(n_steps=1) > 0.05
 
 
+@pytest.mark.parametrize("kind", ["self", "others"])
+def test_a_low_temperature_makes_samples_likelier(kind, rng):
+    """Also with an x0-prediction: temperature acts on the leave-one-out prediction behind it."""
+    world = dense().under("uniform")
+    net = Table(world, world.x0_denoiser if kind == "self" else world.denoiser)
+    log_q = world.q.log()
+    means = []
+    for temperature in (1.0, 0.25):
+        x = torch.randint(3, (20_000, 3), generator=rng)
+        options = dict(n_steps=64, process="uniform", kind=kind, vocab=3, temperature=temperature)
+        final = last(ancestral(net, x, torch.zeros(len(x)).long(), generator=rng, **options))
+        index = (final.x * torch.tensor([9, 3, 1])).sum(1)      # dense worlds hold all sequences
+        means.append(log_q[index].mean().item())
+    assert means[1] > means[0] + 0.3
+
+
 def test_temperature_falls_evenly(monkeypatch, rng):
     temperatures = []
 
