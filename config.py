@@ -86,8 +86,9 @@ class MethodOptions:
     process: Literal["hybrid", "uniform", "mask"] = "hybrid"
     p_uniform: float = 0.1                  # gidd, forcing: share redrawn at t = 1/2 if hybrid
     # gidd, forcing: of a token's loss. elbo: as in the likelihood bound; clip: that, at most 1;
-    # dynamic: GIDD's; none: plain cross-entropy at noise tokens
-    weight: Literal["dynamic", "clip", "elbo", "none"] = "dynamic"
+    # dynamic: GIDD's; none: plain cross-entropy at noise tokens; "": dynamic for gidd, none for
+    # forcing
+    weight: Literal["", "dynamic", "clip", "elbo", "none"] = ""
     clean_token_rate: float = 1.0           # gidd, forcing: share of clean tokens in the loss
     # forcing: what has a noise level of its own. shared: all frames after the context together;
     # next: one frame after another
@@ -372,8 +373,10 @@ def check_type(value: Any, kind: Any, where: str) -> Any:
 def check_bounds(flags: Any) -> Any:
     """Refuse, by name, numbers outside of their field's Bound."""
     for name, kind in typing.get_type_hints(type(flags), include_extras=True).items():
+        value = getattr(flags, name, None)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SystemExit(f"{name} is {value}; it must be a finite number")
         bounds = [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, Bound)]
-        value = getattr(flags, name)
         for low, high in bounds:
             if low <= value <= high:
                 continue
@@ -401,6 +404,11 @@ def check(cfg: Config) -> Config:
         raise SystemExit(
             f"vocab {cfg.vocab}, grid {cfg.grid} and n_classes {cfg.n_classes} are stated "
             "together: ids, tokens per axis, classes"
+        )
+    if cfg.method == "forcing" and cfg.weight in ("dynamic", "clip"):
+        raise SystemExit(
+            f"weight = {cfg.weight} learns nothing at level 1, where every rollout begins: "
+            "use none or elbo"
         )
     if cfg.nets == "single" and cfg.denoiser_process == "mask":
         raise SystemExit(

@@ -14,17 +14,16 @@ import config
 class EvaluateOptions:
     """What is compared."""
     runs: tuple[str, ...]                   # folders of runs
-    # ddpd, ancestral, confidence, random, remdm, rollout; (): a run's first
-    samplers: tuple[str, ...] = ()
-    # network calls per sample, planner and denoiser both; of a video per frame
-    nfe: tuple[int, ...] = ()
+    samplers: tuple[str, ...] = ()          # those of a method, or random; (): a run's first
+    nfe: tuple[int, ...] = ()               # network calls per sample, or per frame of a video
     n_samples: int = 500                    # samples per row, classes in turn
     seeds: tuple[int, ...] = (0,)           # of the sampling noise; one row each
     batch_size: int = 250                   # samples drawn at a time
-    correct: config.NotNegative = 0  # gidd: a second row after this many steps of self-correction
+    correct: config.NotNegative = 0         # gidd: a second row after steps of self-correction
     flips: config.Share = 0.0               # share of known tokens that are redrawn as another id
     planner: bool = False                   # judge the planner too: RUN/reliability.png
-    decoder: str = ""  # TorchScript, tokens -> images: writes RUN/SAMPLER_NFE_*.npz
+    # TorchScript file (code that is run), tokens -> images: writes RUN/SAMPLER_NFE_*.npz
+    decoder: str = ""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def single_tasks(spec, x0, t, label, known, generator):
 def gidd_tasks(spec, x0, t, label, known, generator):
     config = spec.config
     return gidd.gidd_tasks(
-        x0, t, label, spec.noise, generator, known, weight=config["weight"],
+        x0, t, label, spec.noise, generator, known, weight=config["weight"] or "dynamic",
         clean_token_rate=config["clean_token_rate"],
     )
 
@@ -124,8 +124,8 @@ def forcing_tasks(spec, x0, t, label, known, generator):
         config["context_frames"],
     )
     return forcing.forcing_tasks(
-        x0, levels, loss_mask, label, spec.noise, generator, known, weight=config["weight"],
-        clean_token_rate=config["clean_token_rate"],
+        x0, levels, loss_mask, label, spec.noise, generator, known,
+        weight=config["weight"] or "none", clean_token_rate=config["clean_token_rate"],
     )
 
 

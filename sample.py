@@ -14,16 +14,15 @@ import config
 class SampleOptions:
     """What is sampled, and what is written."""
     run: str                                # folder of a run
-    labels: tuple[int, ...] = ()  # one sample for each; (): one per class up to 10 classes, else 8
-    sampler: str = ""  # ddpd, ancestral, confidence, remdm or rollout; "": the method's first
-    # two network calls each in planned denoising; 64, or 4 for a video's frame
-    n_steps: int | None = None
-    # steps of self-correction afterwards, k tokens in each (gidd runs)
-    correct: config.NotNegative = 0
+    labels: tuple[int, ...] = ()            # one sample for each; (): every class once, or 8
+    sampler: str = ""                       # one that fits the run's method; "": its first
+    n_steps: int | None = None              # steps; 64, or 4 for each frame of a video
+    correct: config.NotNegative = 0         # gidd: steps of self-correction afterwards
     seed: config.NotNegative = 0            # of the noise and every draw
-    known: str = ""  # .npz with tokens (n, *grid) and mask, True where they stay: inpainting
+    known: str = ""                         # inpainting: .npz of tokens (n, *grid) and bool mask
     n_video: config.NotNegative = 10        # samples in the video; 0: no video
-    decoder: str = ""  # TorchScript file, tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
+    # TorchScript file (code that is run), tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
+    decoder: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ if __name__ == "__main__":
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,10 +24,18 @@ from tqdm import tqdm
 import data
 import methods
 from diffusion import objectives
-from support import diagnostics, runtime
+from support import checkpoint, diagnostics, runtime
 from support.chunked_head import task_loss
 from support.meters import Clock, LossMeter
-from support.training import Training, build_training, open_data, open_run, save, stated_meta
+from support.training import (
+    Training,
+    build_training,
+    make_folder,
+    open_data,
+    open_run,
+    save,
+    stated_meta,
+)
 from support.validate import validate_and_log
 
 # One iteration
@@ -106,9 +116,26 @@ def main(cfg: config.Config) -> None:
         return
     world = runtime.start()
     stop = runtime.Stop(world)
+    try:
+        run(cfg, stop, world)
+    finally:
+        stop.restore()
+
+
+def run(cfg: config.Config, stop: runtime.Stop, world: runtime.World) -> None:
+    """Open or resume the run, and train."""
     if not world.is_main:
         dist.barrier()                                  # rank 0 makes the data and the folder
     spec, splits = open_data(cfg)
+    make_folder(Path(cfg.out_dir))
+    with checkpoint.locked(Path(cfg.out_dir)) if world.is_main else nullcontext():
+        open_and_train(cfg, spec, splits, stop, world)
+
+
+def open_and_train(
+    cfg: config.Config, spec: methods.Spec, splits: dict[str, data.Split], stop: runtime.Stop,
+    world: runtime.World,
+) -> None:
     state = open_run(cfg, spec, world)
     if world.is_main and world.size > 1:
         dist.barrier()
@@ -116,7 +143,6 @@ def main(cfg: config.Config) -> None:
     complaint = f"{cfg.out_dir} is at another iteration on another machine: all need one folder"
     runtime.require_same_everywhere(it, world, complaint)
     if it >= cfg.max_iters:
-        stop.restore()
         if world.is_main:
             print(f"{cfg.out_dir} is finished: {it} iterations. Raise --max-iters to continue.")
         return
@@ -132,7 +158,6 @@ def main(cfg: config.Config) -> None:
         )
     train_s = train(cfg, spec, splits, training, log, stop, world)
     log.close()
-    stop.restore()
     if world.is_main:
         print(
             f"done: {cfg.max_iters} iterations, {train_s / 60:.1f} minutes of training in this "

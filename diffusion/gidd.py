@@ -101,7 +101,8 @@ class GiddLoss(torch.autograd.Function):
         for start in range(0, n, n_rows):
             rows = slice(start, start + n_rows)
             block = (logits[rows], x0[rows], z[rows], t[rows], weight[rows])
-            losses.append(loss_and_grad(*block, noise, None if grad is None else grad[rows]))
+            with torch.autocast(logits.device.type, enabled=False):     # bfloat16 would spoil sums
+                losses.append(loss_and_grad(*block, noise, None if grad is None else grad[rows]))
         ctx.save_for_backward(grad)
         return torch.cat(losses) if losses else weight
 

@@ -1,9 +1,13 @@
 """Checkpoints of a run: written whole or not at all, read as plain tensors and numbers only."""
 
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +61,26 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     sync_to_disk(folder)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder, until the block or this process ends."""
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SystemExit(f"{folder} is in use by {file.read() or 'another process'}") from None
+        except OSError:
+            print(f"warning: {folder} cannot be locked; start one run in it only", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def is_run(folder: Path) -> bool:
     """Does the folder hold a run, or nothing but what a killed start of one leaves behind?"""
-    names = {path.name for path in folder.iterdir()} - {"config.tmp", "ckpt.tmp"}
+    names = {path.name for path in folder.iterdir()} - {"config.tmp", "ckpt.tmp", ".lock"}
     if not names or names & {"ckpt.pt", "ckpt_prev.pt"}:
         return True
     try:

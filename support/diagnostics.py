@@ -159,6 +159,11 @@ def print_summary(
         losses |= {f"{name}_by_heart": value for name, value in by_heart.items()}
         words = [f"{name} {value:.4f}" for name, value in by_heart.items()]
         print(f"{len(x0)} sequences known by heart leave: " + ", ".join(words))
+    if cfg.method == "ddpd" and cfg.batch_size < 4:
+        print(
+            "warning: a loss is the mean over the noise tokens of a micro-batch; under 4 sequences "
+            "that weighs low noise levels up"
+        )
     if world.device.type == "cpu" and spec.shape.n_tokens * cfg.n_embd > 2**17:
         print("warning: this setting takes hours on a CPU; configs/digits.py takes minutes")
     return losses

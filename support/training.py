@@ -46,15 +46,19 @@ def open_data(cfg: config.Config) -> tuple[methods.Spec, dict[str, data.Split]]:
     return spec, splits
 
 
-def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> dict[str, Any] | None:
-    """Make the run's folder, or find a run to resume in it.  -> its checkpoint or None"""
-    folder = Path(cfg.out_dir)
+def make_folder(folder: Path) -> None:
+    """The run's folder, which holds nothing but a run."""
     with runtime.one_line_errors(OSError):
         if folder.exists() and not checkpoint.is_run(folder):
             raise SystemExit(
                 f"{folder} holds files, but no run of this program: choose another --out-dir"
             )
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> dict[str, Any] | None:
+    """Find a run to resume in its folder, or begin one.  -> its checkpoint or None"""
+    folder = Path(cfg.out_dir)
     state = checkpoint.load_checkpoint(folder)
     if state:
         refuse_misfit(cfg, spec, state, world)

@@ -252,6 +252,19 @@ def test_a_value_outside_of_its_bound_is_refused_by_name(cls, name, value):
     assert said.startswith(f"{name} is {value}; it must ")
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_must_be_finite(value):
+    assert "planner_lr is" in load_refusal("--planner-lr", value)
+    assert "it must be a finite number" in load_refusal("--p-uniform", value)
+
+
+def test_weights_that_learn_nothing_are_refused():
+    """Every rollout begins at level 1, where dynamic and clipped weights are 0."""
+    for weight in ("dynamic", "clip"):
+        message = load_refusal("--method", "forcing", "--weight", weight)
+        assert f"weight = {weight} learns nothing at level 1" in message
+
+
 def test_bounds_are_inclusive():
     """The least and the largest value of every field of Config pass; all kinds of bounds occur."""
     kinds = set()

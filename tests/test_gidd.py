@@ -68,6 +68,29 @@ def test_the_streaming_loss_equals_the_dense_one(p_uniform):
         assert (grad - true_grad).abs().max() < tolerance * true_grad.abs().max()
 
 
+@pytest.mark.parametrize("vocab", [V, 50_000])
+def test_the_loss_is_formed_in_float32_under_autocast(vocab):
+    """Loss and gradient are those without autocast, and gradient rows sum to 0 (softmax)."""
+    noise = Noise("hybrid", vocab, 0.2)
+    rng = seeded(2)
+    n = 24
+    logits = 3 * torch.randn(n, vocab, generator=rng)
+    x0 = torch.randint(vocab, (n,), generator=rng)
+    z = torch.where(torch.rand(n, generator=rng) < 0.5, x0, vocab)
+    t = torch.rand(n, generator=rng) * 0.9 + 0.05
+    weight = token_weights(x0, z, t, noise, "elbo")
+    found = []
+    for is_on in (False, True):
+        logits_ = logits.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            loss = gidd_loss(logits_, x0, z, t, weight, noise)
+        grad, = torch.autograd.grad(loss.sum(), logits_)
+        found.append((loss, grad))
+        assert (grad.sum(1).abs() < 1e-4 * grad.abs().sum(1)).all()
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_weights_are_those_of_the_paper():
     _, x0, z, t = random_rows()
     is_mask = z == V

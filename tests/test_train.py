@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, refusal, script, tiny_config
 import config
 import methods
 import train_ddpd
-from support import diagnostics, runtime, training
+from support import checkpoint, diagnostics, runtime, training
 from support.checkpoint import digest, load_checkpoint
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}      # the order of sums is the same everywhere
@@ -492,6 +492,15 @@ def test_a_start_that_was_killed_locks_nobody_out(copy):
     (fresh / "config.tmp").write_text("{")
     train_ddpd.main(tiny(fresh.name, "--max-iters", 1))
     assert checkpoint_of(fresh.name)["it"] == 1
+
+
+def test_two_runs_in_one_folder_are_refused(copy):
+    """The second is told who holds the folder; a process that was killed holds nothing."""
+    with checkpoint.locked(copy):
+        message = refusal(train_ddpd.main, tiny(copy.name, "--max-iters", 9))
+        assert f"is in use by process {os.getpid()} on " in message
+    train_ddpd.main(tiny(copy.name, "--max-iters", 3))
+    assert checkpoint_of(copy.name)["it"] == 3
 
 
 def test_logging_never_ends_a_run(copy, monkeypatch, capsys):
