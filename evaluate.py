@@ -21,6 +21,7 @@ class EvaluateOptions:
     batch_size: int = 250                   # samples drawn at a time
     correct: config.NotNegative = 0         # gidd: a second row after steps of self-correction
     flips: config.Share = 0.0               # share of known tokens that are redrawn as another id
+    again: bool = False                     # draw finished rows of evaluate.csv anew
     planner: bool = False                   # judge the planner too: RUN/reliability.png
     # TorchScript file (code that is run), tokens -> images: writes RUN/SAMPLER_NFE_*.npz
     decoder: str = ""
@@ -39,7 +40,10 @@ class Flags(config.SamplerFlags, config.VideoFlags, EvaluateOptions):
 if __name__ == "__main__":
     flags = config.load(Flags)
 
+import csv
+import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,12 +101,14 @@ class Judged:
         """Bits per token of held-out data, by the tight bound, and the standard error."""
         val = self.splits["val"]
         n = N_BITS_VIDEO if self.spec.is_video else N_BITS
-        n_repeated = -(-n // len(val)) * len(val)
+        n_repeated = -(-n // len(val)) * len(val)       # each sequence as often as any other
         x0, label = (torch.from_numpy(y).to(self.run.device) for y in val.spread_subset(n_repeated))
         with runtime.autocast(self.run.device, self.spec.config["dtype"]):
             known = data.known_mask(self.spec.meta, x0)
             rng = runtime.generator(0)
-            bounds = methods.bits_per_token(self.spec, self.run.nets, x0, label, known, rng)
+            bounds = methods.bits_per_token(
+                self.spec, self.run.nets, x0, label, known, rng, n_distinct=len(val)
+            )
         if not bounds:
             return math.nan, math.nan                   # no closed form
         bits = list(bounds.values())
@@ -259,10 +265,40 @@ def plan_stages(row: str, judged: Judged, nfe: int, flags: Flags) -> list[Stage]
     return stages
 
 
-def evaluate(judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: tuple[float, float],
-             decoder=None) -> list[dict[str, Any]]:
-    """One row of the table, and one more where samples are corrected afterwards.  -> [{column:
-    value}]"""
+def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> str:
+    """All that a row depends on, as JSON: a row with the same settings need not be drawn again."""
+    settings = dict(it=judged.run.it, sampler=row, nfe=nfe, seed=seed, n_samples=flags.n_samples)
+    settings |= dict(correct=flags.correct, **flags.sampler_options())
+    if judged.spec.is_video:
+        settings |= dict(frames=flags.frames, context_frames=flags.context_frames)
+    if flags.flips:
+        settings["flips"] = flags.flips
+    return json.dumps(settings, sort_keys=True)
+
+
+def finished_rows(path: Path, settings: str) -> list[dict[str, Any]]:
+    """Rows of a CSV that were drawn with these settings, numbers as numbers."""
+    if not path.exists():
+        return []
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows = [row for row in rows if row.get("settings") == settings]
+    return [{key: as_number(value) for key, value in row.items() if value} for row in rows]
+
+
+def as_number(value: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def evaluate(
+    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: tuple[float, float],
+    decoder=None,
+) -> list[dict[str, Any]]:
+    """One row of the table, and one more where samples are corrected afterwards."""
     spec, run = judged.spec, judged.run
     labels, real, tokens, known = judged.held_out(flags)
     n = len(labels)
@@ -281,9 +317,11 @@ def evaluate(judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: 
             guidance=flags.guidance or 1.0, s_per_sample=round(total_s, 4), n=n, seed=seed,
         )
         if spec.is_video:
-            out |= dict(lag=-1 if flags.lag is None else flags.lag,
-                        stabilization_level=flags.stabilization_level or 0.0,
-                        context_level=flags.context_level or 0.0, flips=flags.flips)
+            out |= dict(
+                lag=-1 if flags.lag is None else flags.lag,
+                stabilization_level=flags.stabilization_level or 0.0,
+                context_level=flags.context_level or 0.0, flips=flags.flips,
+            )
         scores, per_frame = judged.metrics.scores(
             tokens, labels, real, flags.context_frames if spec.is_video else 0
         )
@@ -293,6 +331,7 @@ def evaluate(judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: 
         out |= dict(
             bits_per_token=round(bits[0], 4), bits_se=round(bits[1], 4), commit=runtime.commit(),
             device=runtime.device_name(run.device),
+            settings=settings_of(judged, row, nfe, seed, flags),
         )
         rows.append(out)
         if decoder:
@@ -388,9 +427,13 @@ def check_flags(flags: Flags) -> None:
 
 
 def check_run(judged: Judged, names: list[str], budgets: tuple[int, ...], flags: Flags) -> None:
-    """Refuse what the run cannot do before anything is sampled; of several runs misfits become rows
-    of n/a."""
+    """Refuse what the run cannot do, before anything is sampled.
+
+    Where several runs are compared, samplers that do not fit become rows of n/a.
+    """
     spec = judged.spec
+    if not os.access(judged.run.folder, os.W_OK):
+        raise SystemExit(f"{judged.run.folder} is not writable: evaluate.csv belongs there")
     is_guided = any(scale not in (None, 1) for scale in (flags.guidance, flags.planner_guidance))
     if is_guided and not (spec.config["label_dropout"] and spec.n_classes):
         raise SystemExit(
@@ -441,16 +484,29 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
             continue
         for nfe in budgets:
             for seed in flags.seeds:
-                with runtime.one_line_errors(ValueError):
-                    made = evaluate(judged, name, nfe, seed, flags, bits, decoder)
-                for row in made:
-                    print(
-                        f"  {row['sampler']:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, "
-                        f"seed {seed}, n {row['n']}: {describe(row, None, spec.meta)}, "
-                        f"{row['s_per_sample']:.3f} s each"
-                    )
-                    runtime.append_row(folder / "evaluate.csv", row)
-                rows += made
+                rows += rows_of(judged, name, nfe, seed, flags, bits, decoder)
+    return rows
+
+
+def rows_of(
+    judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: tuple[float, float],
+    decoder,
+) -> list[dict[str, Any]]:
+    """The row or two of a setting: those of evaluate.csv where they are finished, or drawn now."""
+    path = judged.run.folder / "evaluate.csv"
+    rows = finished_rows(path, settings_of(judged, name, nfe, seed, flags))
+    is_finished = len(rows) == len(plan_stages(name, judged, nfe, flags)) and not flags.again
+    if not is_finished:
+        with runtime.one_line_errors(ValueError):
+            rows = evaluate(judged, name, nfe, seed, flags, bits, decoder)
+        for row in rows:
+            runtime.append_row(path, row)
+    for row in rows:
+        print(
+            f"  {row['sampler']:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, "
+            f"seed {seed}, n {row['n']}: {describe(row, None, judged.spec.meta)}, "
+            f"{row['s_per_sample']:.3f} s each" + ", from evaluate.csv" * is_finished
+        )
     return rows
 
 
@@ -464,4 +520,7 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(flags)
+    try:
+        main(flags)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: finished rows are kept, the same command continues") from None

@@ -193,8 +193,8 @@ def rollout(
         p_at_x = gather_at(probs, x[:, view.seen])                          # (B, n)
         p_noise_seen = posterior_noise_prob(p_at_x, x[:, view.seen], view.t, noise) * (view.t > 0)
         if swarm:
-            gains = swarm.expected_reward(x, view.seen, probs, p_noise_seen, n_tokens)
-            rows = swarm.reweight_and_resample(gains)
+            expected = swarm.expected_reward(x, view.seen, probs, p_noise_seen, n_tokens)
+            rows = swarm.reweight_and_resample(expected)
             x, probs, p_at_x, p_noise_seen = (y[rows] for y in (x, probs, p_at_x, p_noise_seen))
 
         before = x.clone()

@@ -131,12 +131,14 @@ def levels_along(path: str, u: Tensor, n_tokens: int, n_frames: int) -> tuple[Te
 def bits_per_token(
     nets: dict[str, Callable], bounds: Callable, x0: Tensor, label: Tensor, noise: Noise,
     generator: torch.Generator, *, known: Tensor | None = None,
-    paths: tuple[str, ...] = ("shared",), n_frames: int = 1, max_logits: int = MAX_LOGITS,
+    paths: tuple[str, ...] = ("shared",), n_frames: int = 1, n_distinct: int = 0,
+    max_logits: int = MAX_LOGITS,
 ) -> dict[str, tuple[float, float]]:
     """Upper bounds on -log2 p(x0) / N, from one level for each sequence.
 
     t = u^2 with u stratified on (0, 1), so the weight is 2u. x0 (n, N), label (n,), bounds one of
-    the functions above; known (n, N) bool: tokens that are given and not counted
+    the functions above; known (n, N) bool: tokens that are given and not counted. Where the first
+    n_distinct sequences are repeated the error is that of their means, as if drawn from the data.
     ->  {bound: (bits per token, standard error)}, empty where the process has no closed form
     """
     if not noise.has_posterior:
@@ -163,7 +165,21 @@ def bits_per_token(
                 counted = torch.where(is_counted[row], per_token, 0.0)
                 nats.setdefault(name, []).append((speed * counted).sum(1))
     unit = is_counted.sum(1).double().mean() * math.log(2)      # of a sequence, in nats
-    return {name: mean_and_error(torch.cat(parts) / unit) for name, parts in nats.items()}
+    out = {}
+    for name, parts in nats.items():
+        bits = torch.cat(parts) / unit
+        if n_distinct:
+            bits = torch.zeros_like(bits).index_copy(0, order.to(bits.device), bits)
+            out[name] = mean_and_clustered_error(bits.view(-1, n_distinct))
+        else:
+            out[name] = mean_and_error(bits)
+    return out
+
+
+def mean_and_clustered_error(y: Tensor) -> tuple[float, float]:
+    """Mean of repeats (r, n) of n sequences, and the standard error over sequences."""
+    means = y.mean(0)
+    return means.mean().item(), means.std().item() / math.sqrt(len(means))
 
 
 def mean_and_error(y: Tensor) -> tuple[float, float]:

@@ -317,16 +317,19 @@ def is_reachable(url: ParseResult, timeout_s: float = 3) -> bool:
 
 
 def append_row(path: str | Path, row: dict[str, Any]) -> None:
-    """Append to a CSV, which is written anew where a column is new."""
+    """Append to a CSV; where a column is new it is written anew, whole or not at all."""
     path = Path(path)
     with one_line_errors(OSError):
         rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
         old_columns = list(rows[0]) if rows else []
         columns = list(dict.fromkeys([*old_columns, *row]))
-        is_same = bool(rows) and columns == old_columns
-        with open(path, "a" if is_same else "w", newline="") as file:
+        if rows and columns == old_columns:
+            with open(path, "a", newline="") as file:
+                csv.DictWriter(file, columns).writerow(row)
+            return
+        new = path.with_suffix(".tmp")
+        with open(new, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
-            if not is_same:
-                writer.writeheader()
-                writer.writerows(rows)
-            writer.writerow(row)
+            writer.writeheader()
+            writer.writerows([*rows, row])
+        os.replace(new, path)

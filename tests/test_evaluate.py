@@ -173,6 +173,22 @@ def test_correction_has_a_row_of_its_own(folder):
     assert rows == [("ancestral", "3.0"), ("ancestral+correct", "5.0")]
 
 
+def test_finished_rows_are_not_drawn_again(runs):
+    """The same command reads them from evaluate.csv, other settings or --again draw anew."""
+    command = ["evaluate.py", "out/a", "--nfe", 2, "--n-samples", 6, "--seeds", 5]
+
+    def n_rows():
+        return len([row for row in rows_of("out/a") if row["seed"] == "5"])
+
+    for more, n_expected, is_read in [([], 1, False), ([], 1, True), (["--top-p", 0.9], 2, False),
+                                      (["--again"], 3, False)]:
+        done = script(*command, *more)
+        assert done.returncode == 0, done.stderr
+        assert n_rows() == n_expected
+        assert ("from evaluate.csv" in done.stdout) == is_read
+        assert Path("out/a/evaluate.png").exists()
+
+
 def test_a_run_of_another_method_has_no_correction(runs):
     shape = ["--nfe", 4, "--n-samples", 4, "--seeds", 9]
     done = script("evaluate.py", "out/a", *shape, "--correct", 2)

@@ -119,6 +119,25 @@ def test_the_standard_error_is_the_spread_of_repeats():
     assert repeats[0][1] == pytest.approx(spread, rel=0.6)
 
 
+def test_repeated_sequences_are_not_independent():
+    """Sixty held-out sequences, each under twelve levels: the error is the spread over draws of
+    sixty, which many levels do not reduce."""
+    world = dense()
+    nets = exact_nets(world, "ddpd-mask")
+    noise = world.under("mask").noise
+    label = torch.zeros(720).long()
+    found = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        x0 = world.sample(60, generator).repeat(12, 1)
+        bounds = METHODS["ddpd-mask"].bounds
+        found.append(likelihood.bits_per_token(
+            nets, bounds, x0, label, noise, generator, n_distinct=60
+        )["masked"])
+    bits, errors = torch.tensor(found).unbind(1)
+    assert errors.mean().item() == pytest.approx(bits.std().item(), rel=0.3)
+
+
 def test_uniform_ids_cost_their_logarithm():
     """Data without structure: a denoiser that says 1/V is exact, log2 V bits per token."""
     points = torch.cartesian_prod(*[torch.arange(4)] * 2)
