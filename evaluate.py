@@ -56,6 +56,7 @@ import data
 import methods
 from diffusion import forcing, samplers
 from support import diagnostics, metrics, render, runtime
+from support.checkpoint import load_run
 
 N_BITS = 2048               # sequences behind bits per token, at least
 N_BITS_VIDEO = 512
@@ -90,7 +91,7 @@ class Judged:
     """A trained run, its data and the metrics that fit them."""
 
     def __init__(self, folder: str, device: torch.device):
-        self.run = methods.load(folder, device)
+        self.run = load_run(folder, device)
         self.spec = self.run.spec
         config_ = self.spec.config
         self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]

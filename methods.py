@@ -8,7 +8,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ import model
 from diffusion import forcing, gidd, likelihood, objectives, samplers
 from diffusion.decoding import DECODING_NAMES, State
 from diffusion.processes import Noise, require_posterior, stratified_t
-from support import checkpoint
 
 
 class Sampler(NamedTuple):
@@ -315,25 +313,3 @@ def sample(
         spec, nets, x, label, n_steps=n_steps, generator=generator, known=known,
         null_label=spec.n_classes, **options,
     )
-
-
-# Trained runs
-
-
-class Run(NamedTuple):
-    spec: Spec
-    nets: dict[str, model.Transformer]  # with averaged (EMA) weights
-    folder: Path
-    it: int
-    device: torch.device
-
-
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Run:
-    """A trained run, ready to sample."""
-    state = checkpoint.require_checkpoint(folder)
-    spec = spec_of(state["config"], state["meta"])
-    nets = build(spec)
-    for name, net in nets.items():
-        net.load_state_dict(state["ema"][name])
-        net.to(device).eval().requires_grad_(False)
-    return Run(spec, nets, Path(folder), state["it"], torch.device(device))

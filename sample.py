@@ -52,6 +52,7 @@ from tqdm import tqdm
 import data
 import methods
 from support import render, runtime
+from support.checkpoint import Run, load_run
 from support.validate import render_frame
 
 N_STEPS = 64
@@ -215,7 +216,7 @@ class Drawn(NamedTuple):
     frames: dict[str, list]                 # stem of a video -> what render needs of each State
 
 
-def draw(flags: Flags, run: methods.Run, start: Start, stages: list[Stage]) -> Drawn:
+def draw(flags: Flags, run: Run, start: Start, stages: list[Stage]) -> Drawn:
     """Run the stages one after the other."""
     rng = runtime.generator(flags.seed, device=run.device)
     label = torch.tensor(start.labels, device=run.device)
@@ -290,7 +291,7 @@ def write_videos(
 
 
 def write_files(
-    flags: Flags, run: methods.Run, start: Start, stages: list[Stage], drawn: Drawn, decoder,
+    flags: Flags, run: Run, start: Start, stages: list[Stage], drawn: Drawn, decoder,
 ) -> None:
     """samples.npz, samples.png and the videos; prints how right the samples are where the data
     knows."""
@@ -341,7 +342,7 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
 
 def main(flags: Flags) -> None:
     device = runtime.pick_device()
-    run = methods.load(flags.run, device)
+    run = load_run(flags.run, device)
     flags = check_flags(flags, run.spec)
     decoder = render.load_decoder(flags.decoder, run.spec.meta, device) if flags.decoder else None
     start = starting_point(flags, run.spec)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, read as plain tensors and numbers only."""
+"""A run on disk: checkpoints that are written whole or not at all, and loading a trained run."""
 
 import fcntl
 import hashlib
@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+import methods
+import model
 from support.runtime import first_line
 
 
@@ -160,3 +162,23 @@ def require_checkpoint(folder: str | Path) -> dict[str, Any]:
     if state is None:
         raise SystemExit(f"no run in {folder}: there is no ckpt.pt")
     return state
+
+
+class Run(NamedTuple):
+    """A trained run, ready to sample."""
+    spec: methods.Spec
+    nets: dict[str, model.Transformer]      # with averaged (EMA) weights
+    folder: Path
+    it: int
+    device: torch.device
+
+
+def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
+    """The run in a folder, with the averaged weights of its newest checkpoint."""
+    state = require_checkpoint(folder)
+    spec = methods.spec_of(state["config"], state["meta"])
+    nets = methods.build(spec)
+    for name, net in nets.items():
+        net.load_state_dict(state["ema"][name])
+        net.to(device).eval().requires_grad_(False)
+    return Run(spec, nets, Path(folder), state["it"], torch.device(device))

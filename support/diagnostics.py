@@ -16,6 +16,7 @@ from diffusion import objectives, processes
 from diffusion.decoding import sample_categorical
 from diffusion.processes import corrupt, split_planner_denoiser, stratified_t
 from support import runtime
+from support.checkpoint import Run
 from support.chunked_head import chunk_size
 
 N_LEVELS = 256              # noise levels that stand for all of them in the Bayes planner's sum
@@ -232,7 +233,7 @@ def bayes_denoiser(task: objectives.Task, x0: Tensor, row: Tensor, t: Tensor, lo
 
 @torch.no_grad()
 def planner_predictions(
-    run: methods.Run, x0: Tensor, label: Tensor, batch: int,
+    run: Run, x0: Tensor, label: Tensor, batch: int,
 ) -> dict[str, np.ndarray]:
     """P(noise) of held-out tokens and whether they are noise, on corrupted data and on what the
     planner sees in use.
@@ -287,7 +288,7 @@ def calibration_error(
     return sum(n * abs(mean - share) for mean, share, n in table) / len(p), table
 
 
-def report_planner(run: methods.Run, x0: Tensor, label: Tensor, batch: int) -> None:
+def report_planner(run: Run, x0: Tensor, label: Tensor, batch: int) -> None:
     """Print AUROC and calibration error per bin of noise level; the reliability diagram goes to
     RUN/reliability.png."""
     import matplotlib

@@ -101,7 +101,7 @@ def test_the_modules_are_where_the_readme_says():
 
 def test_imports_are_seen():
     """The reader of imports itself, on modules whose imports are known."""
-    assert imports_of("methods") >= {"model", "diffusion.samplers", "support.checkpoint"}
+    assert imports_of("methods") >= {"model", "diffusion.samplers"}
     assert "sources.mnist" in imports_of("sources.fashion_mnist")
     assert "diffusion.processes" in imports_of("diffusion.objectives")
 
@@ -117,8 +117,8 @@ def test_the_mathematics_imports_itself_alone():
         assert imports_of(name) <= DIFFUSION - {"diffusion.samplers"}, name
 
 
-def test_methods_imports_networks_mathematics_and_checkpoints():
-    assert imports_of("methods") <= DIFFUSION | {"model", "support.checkpoint"}
+def test_methods_imports_networks_and_mathematics():
+    assert imports_of("methods") <= DIFFUSION | {"model"}
 
 
 def test_support_imports_no_script():

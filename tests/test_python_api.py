@@ -10,6 +10,7 @@ from conftest import tiny_config
 import methods
 import train_ddpd
 from diffusion import samplers
+from support.checkpoint import load_run
 
 VOCAB = 17
 LABEL = torch.tensor([3, 5])
@@ -25,7 +26,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train_ddpd.main(tiny_config("digits", "--max-iters", 2))
-    return methods.load(folder / "out" / "digits")
+    return load_run(folder / "out" / "digits")
 
 
 def sample_run(run, seed=0, **options):

@@ -103,7 +103,7 @@ def test_the_reference_setting_trains():
 def test_the_python_of_the_readme_runs(trained):
     """The README's Python blocks, one after the other, beside the run of its first line."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks and 'methods.load("out/digits")' in blocks[0]
+    assert blocks and 'load_run("out/digits")' in blocks[0]
     names = {}
     for block in blocks:
         exec(block, names)
