@@ -97,15 +97,15 @@ def build(spec: Spec) -> dict[str, model.Transformer]:
 # What each method's networks learn
 
 
-def pair_tasks(spec, x0, t, label, known, generator):
+def tasks_of_pair(spec, x0, t, label, known, generator):
     return objectives.pair_tasks(x0, t, label, spec.noise, generator, known)
 
 
-def single_tasks(spec, x0, t, label, known, generator):
+def tasks_of_single(spec, x0, t, label, known, generator):
     return objectives.single_tasks(x0, t, label, spec.noise, generator, known)
 
 
-def gidd_tasks(spec, x0, t, label, known, generator):
+def tasks_of_gidd(spec, x0, t, label, known, generator):
     config = spec.config
     return gidd.gidd_tasks(
         x0, t, label, spec.noise, generator, known, weight=config["weight"] or "dynamic",
@@ -113,7 +113,7 @@ def gidd_tasks(spec, x0, t, label, known, generator):
     )
 
 
-def forcing_tasks(spec, x0, t, label, known, generator):
+def tasks_of_forcing(spec, x0, t, label, known, generator):
     """Draws its own levels; t is not used."""
     config = spec.config
     n_frames = x0.shape[1] if config["noise_granularity"] == "token" else spec.grid[0]
@@ -220,7 +220,7 @@ METHODS = {
     "ddpd-mask": Method(
         networks={"planner": False, "denoiser": False},
         process=lambda config: "mask",
-        tasks=pair_tasks,
+        tasks=tasks_of_pair,
         bounds=likelihood.masked_bound,
         samplers={
             "ddpd": PLANNED,
@@ -233,7 +233,7 @@ METHODS = {
     "ddpd-uniform": Method(
         networks={"planner": False, "denoiser": True},
         process=lambda config: config["denoiser_process"],
-        tasks=pair_tasks,
+        tasks=tasks_of_pair,
         bounds=likelihood.pair_bounds,
         samplers={"ddpd": PLANNED, "ancestral": ANCESTRAL},
     ),
@@ -241,7 +241,7 @@ METHODS = {
     "ddpd-single": Method(
         networks={"denoiser": True},
         process=lambda config: config["denoiser_process"],
-        tasks=single_tasks,
+        tasks=tasks_of_single,
         bounds=likelihood.single_bounds,
         samplers={"ddpd": PLANNED, "ancestral": ANCESTRAL_OF_X0},
     ),
@@ -249,7 +249,7 @@ METHODS = {
     "gidd": Method(
         networks={"denoiser": True},
         process=lambda config: "hybrid",
-        tasks=gidd_tasks,
+        tasks=tasks_of_gidd,
         bounds=likelihood.gidd_bound,
         samplers={
             "ancestral": ANCESTRAL,
@@ -260,7 +260,7 @@ METHODS = {
     "forcing": Method(
         networks={"denoiser": True},
         process=lambda config: config["process"],
-        tasks=forcing_tasks,
+        tasks=tasks_of_forcing,
         bounds=likelihood.forcing_bound,
         samplers={
             "rollout": Sampler(samplers.rollout, rollout, ("lag",)),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.decoding import gather_at
 from diffusion.gidd import gidd_loss, token_weights
 from diffusion.processes import Noise, corrupt, split_planner_denoiser
 
@@ -18,19 +19,24 @@ BATCH = 64                  # sequences at once, at most
 MAX_LOGITS = 2**24
 STRATA_PER_BLOCK = 32
 
+Nets = dict[str, Callable]
+Bounds = dict[str, Tensor]      # name -> nats (B, N)
+
 
 def elbo_masked(probs: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
     """Masked diffusion: (1/t) CE at masks. Tight for exact networks.
 
     probs (B, N, V) = p(x0 | x_t), x and x0 (B, N), t (B, 1)  ->  (B, N)
     """
-    ce = -probs.gather(-1, x0[..., None])[..., 0].log()
-    return torch.where(x == probs.shape[-1], ce, 0.0) / t
+    ce = -gather_at(probs, x0).log()
+    is_mask = x == probs.shape[-1]
+    return torch.where(is_mask, ce, 0.0) / t
 
 
 def true_noise_prob(x: Tensor, x0: Tensor, t: Tensor, vocab: int) -> Tensor:
     """P(noise | x_t, x0) under uniform noise.  -> (B, N)"""
-    return torch.where(x != x0, 1.0, t / vocab / (1 - t + t / vocab))
+    redraw = t / vocab
+    return torch.where(x != x0, 1.0, redraw / (1 - t + redraw))
 
 
 def elbo_tau_leaping(p_noise: Tensor, probs: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
@@ -40,8 +46,8 @@ def elbo_tau_leaping(p_noise: Tensor, probs: Tensor, x: Tensor, x0: Tensor, t: T
     p_noise (B, N), probs (B, N, V) = p(x0 | x_t, noise)  ->  (B, N)
     """
     truth = true_noise_prob(x, x0, t, probs.shape[-1])
-    p_x0 = probs.gather(-1, x0[..., None])[..., 0]
-    return (p_noise - truth - truth * (p_noise * p_x0).log()) / t
+    log_rate = (p_noise * gather_at(probs, x0)).log()
+    return (p_noise - truth - truth * log_rate) / t
 
 
 def elbo_renoising(p_noise: Tensor, probs: Tensor, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
@@ -50,12 +56,14 @@ def elbo_renoising(p_noise: Tensor, probs: Tensor, x: Tensor, x0: Tensor, t: Ten
     sum over j != x of L_j - M_j + M_j log(M_j / L_j), with the rates L of the model and M of the
     truth. Tight for exact networks.  As elbo_tau_leaping
     """
-    redraw_rate = 1 / (probs.shape[-1] * (1 - t))[..., None]            # of falling to any one id
-    truth = true_noise_prob(x, x0, t, probs.shape[-1])[..., None]
+    vocab = probs.shape[-1]
+    redraw_rate = 1 / (vocab * (1 - t))[..., None]                      # to any one id
+    truth = true_noise_prob(x, x0, t, vocab)[..., None]
     is_x0 = torch.zeros_like(probs).scatter(-1, x0[..., None], 1.0)
     model_rate = p_noise[..., None] * (probs / t[..., None] + redraw_rate)
     true_rate = truth * (is_x0 / t[..., None] + redraw_rate)
-    terms = model_rate - true_rate + torch.special.xlogy(true_rate, true_rate / model_rate)
+    log_ratio = torch.special.xlogy(true_rate, true_rate / model_rate)
+    terms = model_rate - true_rate + log_ratio
     return terms.scatter(-1, x[..., None], 0.0).sum(-1)
 
 
@@ -73,33 +81,38 @@ class Corrupted(NamedTuple):
 # The bounds of each method's networks: (nets, batch) -> {name: nats (B, N)}
 
 
-def masked_bound(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
-    logits = nets["denoiser"](batch.x, batch.t.float(), batch.label)
-    return {"masked": elbo_masked(logits.double().softmax(-1), batch.x, batch.x0, batch.t)}
+def ask(net: Callable, batch: Corrupted) -> Tensor:
+    """Logits in float64, at the level of the sequence."""
+    return net(batch.x, batch.t.float(), batch.label).double()
 
 
-def pair_bounds(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
-    probs = nets["denoiser"](batch.x, batch.t.float(), batch.label).double().softmax(-1)
-    p_noise = nets["planner"](batch.x, batch.t.float(), batch.label).double().sigmoid()
+def masked_bound(nets: Nets, batch: Corrupted) -> Bounds:
+    probs = ask(nets["denoiser"], batch).softmax(-1)
+    return {"masked": elbo_masked(probs, batch.x, batch.x0, batch.t)}
+
+
+def pair_bounds(nets: Nets, batch: Corrupted) -> Bounds:
+    probs = ask(nets["denoiser"], batch).softmax(-1)
+    p_noise = ask(nets["planner"], batch).sigmoid()
     return planner_bounds(p_noise, probs, batch)
 
 
-def single_bounds(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
-    probs = nets["denoiser"](batch.x, batch.t.float(), batch.label).double().softmax(-1)
-    return planner_bounds(*split_planner_denoiser(probs, batch.x, batch.t, batch.noise), batch)
+def single_bounds(nets: Nets, batch: Corrupted) -> Bounds:
+    probs = ask(nets["denoiser"], batch).softmax(-1)
+    p_noise, leave_one_out = split_planner_denoiser(probs, batch.x, batch.t, batch.noise)
+    return planner_bounds(p_noise, leave_one_out, batch)
 
 
-def planner_bounds(p_noise: Tensor, probs: Tensor, batch: Corrupted) -> dict[str, Tensor]:
+def planner_bounds(p_noise: Tensor, probs: Tensor, batch: Corrupted) -> Bounds:
     at = (p_noise, probs, batch.x, batch.x0, batch.t)
     return {"renoise": elbo_renoising(*at), "leap": elbo_tau_leaping(*at)}
 
 
-def gidd_bound(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
-    logits = nets["denoiser"](batch.x, batch.t.float(), batch.label)
-    return {"gidd": elbo_gidd(logits.double(), batch)}
+def gidd_bound(nets: Nets, batch: Corrupted) -> Bounds:
+    return {"gidd": elbo_gidd(ask(nets["denoiser"], batch), batch)}
 
 
-def forcing_bound(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tensor]:
+def forcing_bound(nets: Nets, batch: Corrupted) -> Bounds:
     """The denoiser is told each token's level, and each path has a bound of its own."""
     logits = nets["denoiser"](batch.x, batch.levels.float(), batch.label)
     return {batch.path: elbo_gidd(logits.double(), batch)}
@@ -107,10 +120,12 @@ def forcing_bound(nets: dict[str, Callable], batch: Corrupted) -> dict[str, Tens
 
 def elbo_gidd(logits: Tensor, batch: Corrupted) -> Tensor:
     """GIDD's loss with the bound's weights, at each token's own level.  -> (B, N)"""
-    x, x0, noise = batch.x.flatten(), batch.x0.flatten(), batch.noise
+    x = batch.x.flatten()
+    x0 = batch.x0.flatten()
     t = batch.levels.clamp(LEVEL_MIN, 1 - LEVEL_MIN).flatten()
-    weight = token_weights(x0, x, t, noise, "elbo")
-    return gidd_loss(logits.flatten(0, 1), x0, x, t, weight, noise).view(batch.x.shape)
+    weight = token_weights(x0, x, t, batch.noise, "elbo")
+    nats = gidd_loss(logits.flatten(0, 1), x0, x, t, weight, batch.noise)
+    return nats.view(batch.x.shape)
 
 
 def levels_along(path: str, u: Tensor, n_tokens: int, n_frames: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +145,7 @@ def levels_along(path: str, u: Tensor, n_tokens: int, n_frames: int) -> tuple[Te
 
 @torch.no_grad()
 def bits_per_token(
-    nets: dict[str, Callable], bounds: Callable, x0: Tensor, label: Tensor, noise: Noise,
+    nets: Nets, bounds: Callable, x0: Tensor, label: Tensor, noise: Noise,
     generator: torch.Generator, *, known: Tensor | None = None,
     paths: tuple[str, ...] = ("shared",), n_frames: int = 1, n_distinct: int = 0,
     max_logits: int = MAX_LOGITS,
@@ -159,9 +174,10 @@ def bits_per_token(
             if path == "shared":
                 levels = levels.clamp(LEVEL_MIN, 1 - LEVEL_MIN)
             levels = levels * is_counted[row]
-            x, _ = corrupt(x0[row].cpu(), levels.cpu(), noise, generator)
+            clean = x0[row]
+            x, _ = corrupt(clean.cpu(), levels.cpu(), noise, generator)
             x = x.to(x0.device)
-            batch = Corrupted(x, x0[row], label[row], t, levels, noise, path)
+            batch = Corrupted(x, clean, label[row], t, levels, noise, path)
             for name, per_token in bounds(nets, batch).items():
                 counted = torch.where(is_counted[row], per_token, 0.0)
                 nats.setdefault(name, []).append((speed * counted).sum(1))
