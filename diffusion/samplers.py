@@ -242,7 +242,6 @@ def ancestral(
             logits, calls = cfg_logits(denoiser, x, t_input, label, options)
             noise = replace(noise, vocab=logits.shape[-1])
             if kind == "self":                          # truncation acts on what is drawn
-                refuse_nan(logits)
                 probs = to_leave_one_out(logits.float().softmax(-1), x, t, noise)
                 logits = probs.log()
             probs = truncate_probs(logits.float(), options)

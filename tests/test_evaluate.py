@@ -173,6 +173,25 @@ def test_correction_has_a_row_of_its_own(folder):
     assert rows == [("ancestral", "3.0"), ("ancestral+correct", "5.0")]
 
 
+def test_labels_belong_to_the_known_tokens():
+    """Samples that go on from held-out sequences are asked for those sequences' classes."""
+    judged = object.__new__(evaluate.Judged)
+    judged.spec = tiny_spec("ddpd-mask", grid=(1, 4))
+    real = np.arange(8).reshape(2, 4) % 7
+
+    class TwoSequences(list):
+        def spread_subset(self, n):
+            return real[:n], np.array([2, 1])[:n]
+
+    judged.splits = {"val": TwoSequences([0, 1])}
+    flags = evaluate.Flags(runs=("x",), n_samples=5)
+    assert judged.held_out(flags).labels.tolist() == [0, 1, 2, 0, 1]    # nothing known: in turn
+    judged.spec = judged.spec._replace(meta=judged.spec.meta | dict(given=[0]))
+    held_out = judged.held_out(flags)
+    assert held_out.labels.tolist() == [2, 1]
+    assert (held_out.known == (real == 0)).all()
+
+
 def test_finished_rows_are_not_drawn_again(runs):
     """The same command reads them from evaluate.csv, other settings or --again draw anew."""
     command = ["evaluate.py", "out/a", "--nfe", 2, "--n-samples", 6, "--seeds", 5]

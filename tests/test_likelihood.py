@@ -138,6 +138,19 @@ def test_repeated_sequences_are_not_independent():
     assert errors.mean().item() == pytest.approx(bits.std().item(), rel=0.3)
 
 
+def test_what_all_sequences_share_is_no_error():
+    """Values that depend steeply on the level, and on the sequence: only the latter is an error."""
+    generator = torch.Generator().manual_seed(0)
+    n, repeats = 200, 10
+    sequence = torch.randperm(n * repeats, generator=generator) % n
+    own = torch.randn(n, generator=generator, dtype=torch.float64)
+    u = (torch.arange(n * repeats) + 0.5) / (n * repeats)
+    y = 100 * u**2 + own[sequence]
+    mean, error = likelihood.mean_and_clustered_error(y, sequence, n)
+    assert mean == pytest.approx(100 / 3 + own.mean().item(), abs=1e-3)
+    assert error == pytest.approx(own.std().item() / math.sqrt(n), rel=0.1)
+
+
 def test_uniform_ids_cost_their_logarithm():
     """Data without structure: a denoiser that says 1/V is exact, log2 V bits per token."""
     points = torch.cartesian_prod(*[torch.arange(4)] * 2)
