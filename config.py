@@ -26,6 +26,7 @@ Positive = Annotated[int, Bound(1)]
 NotNegative = Annotated[int, Bound(0)]
 NotNegativeFloat = Annotated[float, Bound(0)]
 Share = Annotated[float, Bound(0, 1)]
+Seed = Annotated[int, Bound(0, 2**32 - 1)]      # distinct seeds are distinct orders of the data
 
 
 # Training, in the groups of --help
@@ -116,7 +117,7 @@ class LoggingOptions:
 class RunOptions:
     """Where and how it runs."""
     out_dir: str = ""                       # folder; "": out/<stem of the last config file>
-    seed: NotNegative = 0                   # of weights, data order, noise and label dropout
+    seed: Seed = 0                          # of weights, data order, noise and label dropout
     # of matrix products; auto: bfloat16 where the device has it
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False                   # torch.compile the networks

@@ -93,6 +93,11 @@ class Split:
         stride = max(1, len(self) // n)
         return self.rows(np.arange(n) * stride % len(self))
 
+    def whole_repeats(self, n: int) -> int:
+        """The least number of at least n rows in which each occurs equally often; n, if there are
+        more rows than that."""
+        return n if n <= len(self) else -(-n // len(self)) * len(self)
+
     def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sequences and labels at the given rows, checked against meta.json.
 

@@ -106,7 +106,7 @@ class Judged:
         x0, label = (torch.from_numpy(y).to(self.run.device) for y in val.spread_subset(n_repeated))
         with runtime.autocast(self.run.device, self.spec.config["dtype"]):
             known = data.known_mask(self.spec.meta, x0)
-            rng = runtime.generator(0)
+            rng = runtime.generator("bits")
             bounds = methods.bits_per_token(
                 self.spec, self.run.nets, x0, label, known, rng, n_distinct=len(val)
             )
@@ -156,7 +156,7 @@ class Judged:
     ) -> tuple[np.ndarray, float, float]:
         """Samples, as many as labels.  -> tokens (n, N), mean NFE, seconds per sample"""
         device = self.run.device
-        rng = runtime.generator(seed, device=device)
+        rng = runtime.generator("sample", seed, device=device)
         options = dict(options)
         tokens = []
         nfe = []

@@ -18,7 +18,7 @@ class SampleOptions:
     sampler: str = ""                       # one that fits the run's method; "": its first
     n_steps: int | None = None              # steps; 64, or 4 for each frame of a video
     correct: config.NotNegative = 0         # gidd: steps of self-correction afterwards
-    seed: config.NotNegative = 0            # of the noise and every draw
+    seed: config.Seed = 0                   # of the noise and every draw
     known: str = ""                         # inpainting: .npz of tokens (n, *grid) and bool mask
     n_video: config.NotNegative = 10        # samples in the video; 0: no video
     # TorchScript file (code that is run), tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
@@ -218,7 +218,7 @@ class Drawn(NamedTuple):
 
 def draw(flags: Flags, run: Run, start: Start, stages: list[Stage]) -> Drawn:
     """Run the stages one after the other."""
-    rng = runtime.generator(flags.seed, device=run.device)
+    rng = runtime.generator("sample", flags.seed, device=run.device)
     label = torch.tensor(start.labels, device=run.device)
     known, known_tokens = (
         None if y is None else y.to(run.device) for y in (start.known, start.known_tokens)

@@ -71,7 +71,7 @@ class Batches:
         if cfg.overfit and cfg.overfit_noise == "fixed":  # the same sequences, the same noise
             start %= self.order.n
             key = (0, start)
-        rng = runtime.generator(cfg.seed, runtime.NOISE, *key)
+        rng = runtime.generator("train", cfg.seed, *key)
         index = self.order.take(start, cfg.batch_size)
         x0, label = (torch.from_numpy(y) for y in self.split.rows(index))
         if not cfg.overfit:

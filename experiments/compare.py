@@ -1,14 +1,16 @@
 """Does planning help at an equal number of network calls?
 
-python experiments/compare.py [train | sample | table] [SEED ...]
+python experiments/compare.py [train | sample | table] [compile] [SEED ...]
 
 train   configs/digits.py, digits_uniform.py and digits_single.py with three seeds, equal in
         parameters and steps, into out/compare/
 sample  every sampler that fits, at 8, 16, 32 and 64 NFE, 500 digits each: assets/compare.csv
 table   the table of that file, and assets/compare.png
-Without a word all three are done. Finished runs and rows are skipped, so the same command resumes.
+Without a word all three are done. "compile" trains compiled networks, in about half the time.
+Finished runs and rows are skipped, so the same command resumes.
 """
 
+import sys
 from pathlib import Path
 
 import common
@@ -42,7 +44,8 @@ def run_folder(method: str, seed: int) -> str:
 def train(seeds: list[int]) -> None:
     for seed in seeds:
         for method, config_name in CONFIGS.items():
-            common.train(config_name, run_folder(method, seed), seed)
+            folder = run_folder(method, seed)
+            common.train(config_name, folder, seed, compiled="compile" in sys.argv)
 
 
 def sample(seeds: list[int]) -> None:
@@ -131,7 +134,7 @@ def print_bits(method: str) -> None:
 
 
 if __name__ == "__main__":
-    words = common.read_words(__doc__, "train", "sample", "table")
+    words = common.read_words(__doc__, "train", "sample", "table", "compile")
     seeds = common.read_numbers() or SEEDS
     for step in common.choose(words, ("train", "sample", "table")):
         if step == "train":

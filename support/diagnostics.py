@@ -156,7 +156,7 @@ def print_summary(
     if is_fresh_overfit and cfg.method == "ddpd" and not spec.meta["given"]:
         rows = np.arange(min(cfg.overfit, len(train)))
         x0, label = (torch.from_numpy(y) for y in train.rows(rows))
-        by_heart = bayes_losses(spec, x0, label, runtime.generator(runtime.EVAL))
+        by_heart = bayes_losses(spec, x0, label, runtime.generator("bayes losses"))
         losses |= {f"{name}_by_heart": value for name, value in by_heart.items()}
         words = [f"{name} {value:.4f}" for name, value in by_heart.items()]
         print(f"{len(x0)} sequences known by heart leave: " + ", ".join(words))
@@ -244,7 +244,7 @@ def planner_predictions(
     """
     spec, nets, device = run.spec, run.nets, run.device
     n = len(x0)
-    rng = runtime.generator(0)
+    rng = runtime.generator("planner")
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
     noise = spec.noise.without_masks()                  # the planner's
     out = {"corrupted": [], "in use": []}

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import functools
+import hashlib
 import json
 import netrc
 import os
@@ -18,12 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import ParseResult, urlparse
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-NOISE = 0               # streams of randomness
-EVAL = 1
 # of a collective: rank 0 may validate and draw pictures meanwhile
 TIMEOUT = datetime.timedelta(hours=12)
 
@@ -120,11 +118,12 @@ def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=is_on)
 
 
-def generator(*key: int, device="cpu") -> torch.Generator:
-    """Randomness as a function of a tuple of numbers: no state to save, the same on every
-    machine."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    return torch.Generator(device).manual_seed(int(seed))
+def generator(stream: str, *key: int, device="cpu") -> torch.Generator:
+    """Randomness as a function of a stream's name and a tuple of numbers: no state to save, the
+    same on every machine. No two keys share a seed, whatever their lengths."""
+    words = " ".join([stream, *(str(int(number)) for number in key)])
+    seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little")
+    return torch.Generator(device).manual_seed(seed >> 1)
 
 
 def commit() -> str:

@@ -31,8 +31,9 @@ def validate(cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], 
              device: torch.device) -> dict[str, Any]:
     """Losses over all noise levels and per bin of level, and bits per token.  -> {metric: value or
     list}"""
-    n = cfg.eval_sequences
-    rng = runtime.generator(runtime.EVAL)  # the same draws for every seed
+    n = split.whole_repeats(cfg.eval_sequences)
+    n_distinct = min(n, len(split))
+    rng = runtime.generator("validation")  # the same draws for every seed
     x0, label = (torch.from_numpy(y) for y in split.spread_subset(n))
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
     rows = {name: [] for name in nets}
@@ -49,7 +50,9 @@ def validate(cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], 
         scores |= summarise(torch.cat(parts).double(), name, metrics[name])
     x0, label = x0.to(device), label.to(device)
     with runtime.autocast(device, cfg.dtype):
-        bounds = methods.bits_per_token(spec, nets, x0, label, data.known_mask(spec.meta, x0), rng)
+        bounds = methods.bits_per_token(
+            spec, nets, x0, label, data.known_mask(spec.meta, x0), rng, n_distinct=n_distinct
+        )
     for name, (bits, error) in bounds.items():
         scores[f"val_bits_{name}"] = round(bits, 5)
         scores[f"val_bits_{name}_se"] = round(error, 5)
@@ -130,7 +133,7 @@ def draw_samples(
     known = data.context_mask(spec.meta, real, cfg.context_frames)
     if known is not None:
         label = real_label
-    rng = runtime.generator(runtime.EVAL, device=device)
+    rng = runtime.generator("pictures", device=device)
     frames = []
     with runtime.autocast(device, cfg.dtype):
         states = methods.sample(

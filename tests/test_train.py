@@ -138,6 +138,16 @@ def test_randomness_is_a_function_of_seed_iteration_and_micro_batch():
     assert not np.array_equal(order.take(n, n), epoch)
 
 
+def test_streams_of_randomness_are_distinct():
+    """Keys that differ in stream, length, order or by a trailing zero have seeds of their own."""
+    keys = [("train", 1, 0, 0), ("train", 1, 0), ("train", 1), ("train", 0, 1), ("train", 0, 0, 1)]
+    keys += [("train", 2**32, 0), ("train", 0, 2**32), ("train", 10, 1), ("train", 1, 1, 0)]
+    keys += [("train", 1, 10), ("train", 11, 0), ("sample", 1), ("sample",), ("validation",)]
+    seeds = {runtime.generator(*key).initial_seed() for key in keys}
+    assert len(seeds) == len(keys)
+    assert runtime.generator("train", np.int64(1)).initial_seed() in seeds
+
+
 def test_the_average_follows_the_weights():
     """EMA with warm-up: after each iteration
     average += (1 - min(decay, (1 + it) / (10 + it))) (weights - average)."""
