@@ -175,7 +175,8 @@ class MaskFlags:
     temperature_end: float | None = None    # confidence: where the temperature ends; 0: it stays
     # remdm: which tokens are masked again; confidence is the default
     remask: Literal["confidence", "rescale", "cap"] | None = None
-    eta: float | None = None                # remdm: how much of what may be masked again is; 0.2
+    # remdm: how much of what may be masked again is; 1 for confidence, else 0.2
+    eta: float | None = None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ class Flags(config.SamplerFlags, config.VideoFlags, EvaluateOptions):
 if __name__ == "__main__":
     flags = config.load(Flags)
 
+import bisect
 import csv
+import functools
 import json
 import math
 import os
@@ -62,6 +64,8 @@ N_BITS = 2048               # sequences behind bits per token, at least
 N_BITS_VIDEO = 512
 N_PLANNER = 1024            # sequences that a planner is judged on
 MAX_LOGITS = 2**27          # at once: samplers hold about six numbers for each
+N_PILOT = 64                # sequences on which a sampler's calls are counted beforehand
+MAX_STEPS_PER_TOKEN = 16    # where more steps hardly make more calls
 FRAME_KEYS = (
     "run", "train_seed", "sampler", "steps", "lag", "stabilization_level", "context_level", "flips",
     "n", "seed",
@@ -123,6 +127,12 @@ class Judged:
         if flags.frames not in (0, own):
             raise SystemExit(f"--frames {flags.frames}: a {self.spec.name} run makes {own}")
         return own
+
+    def n_unknown(self, flags: Flags) -> int:
+        """Tokens of a sequence that are sampled, on average."""
+        known = self.held_out(flags).known
+        n_tokens = self.spec.shape.n_tokens
+        return n_tokens if known is None else round((~known).mean() * n_tokens)
 
     def held_out(self, flags: Flags) -> "HeldOut":
         """What samples start from: held-out sequences, n_samples at most, or classes in turn."""
@@ -212,7 +222,40 @@ def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
         raise SystemExit(
             f"--nfe {nfe} is too small for {row}: a step of it takes {calls} network calls"
         )
-    return nfe // calls
+    n_calls = nfe // calls
+    if row == "remdm" or (row == "ancestral" and spec.noise.only_masks):
+        return n_steps_of_unmasking(row, n_calls, judged.n_unknown(flags), flags)
+    return n_calls
+
+
+@functools.cache
+def n_steps_of_unmasking(row: str, n_calls: int, n_tokens: int, flags: Flags) -> int:
+    """Steps in which a sampler that uncovers masks makes n_calls on average, as far as it can.
+
+    A step in which a sequence uncovers no token costs it nothing. Counted with a denoiser that
+    knows nothing, on sequences of n_tokens masks.
+    """
+    if row == "remdm":
+        options = {name: getattr(flags, name) for name in ("remask", "eta")}
+        options = {name: value for name, value in options.items() if value is not None}
+        sampler = functools.partial(samplers.remdm, **options)
+    else:
+        sampler = functools.partial(samplers.ancestral, process="mask")
+
+    def denoiser(x, t, label, sites):
+        return torch.zeros(*sites.shape, 2)
+
+    def makes_them(n_steps):
+        x = torch.full((N_PILOT, n_tokens), 2)
+        label = torch.zeros(N_PILOT, dtype=torch.long)
+        rng = runtime.generator("pilot")
+        final = samplers.last(sampler(denoiser, x, label, n_steps=n_steps, generator=rng))
+        return final.nfe.double().mean() >= n_calls - 0.5
+
+    low = high = n_calls
+    while high < MAX_STEPS_PER_TOKEN * n_tokens and not makes_them(high):
+        low, high = high, 2 * high
+    return low + bisect.bisect_left(range(low, high), True, key=makes_them)
 
 
 def n_steps_of_rollout(row: str, judged: Judged, nfe: int, flags: Flags) -> int:

@@ -118,36 +118,42 @@ def gather_at(probs: Tensor, x: Tensor) -> Tensor:
 class Draw(NamedTuple):
     x: Tensor                   # (B, N) with new tokens at the sites asked for
     p: Tensor                   # (B, N) probability of what was drawn, 0 elsewhere
-    calls: int                  # network calls of each row
+    calls: Tensor               # (B,) network calls of each row, 0 where it has no site
 
 
 def sample_at(
     denoiser: Callable | None, x: Tensor, t: Tensor, label: Tensor, where: Tensor,
     decoding: Decoding, generator: torch.Generator, logits: Tensor | None = None,
 ) -> Draw:
-    """Draw a token at every site of the mask `where`, in one network call (none without rows).
+    """Draw a token at every site of the mask `where`, in one network call for the rows that have
+    one.
 
     x, where (B, N), t (B, 1); logits (B, N, V) if they are known already  ->  Draw
     """
-    if len(x) == 0:
-        return Draw(x, torch.zeros(x.shape, device=x.device), 0)
+    p = torch.zeros(x.shape, device=x.device)
+    calls = torch.zeros(len(x), dtype=torch.long, device=x.device)
     n_sites = where.sum(1, keepdim=True)
-    n_most = max(1, int(n_sites.max()))
-    sites = where.int().topk(n_most).indices                            # (B, K), padded
-    is_site = torch.arange(n_most, device=x.device) < n_sites           # (B, K) bool
-    calls = 0
+    rows = n_sites[:, 0].nonzero()[:, 0]                                # (b,) that have a site
+    if len(rows) == 0:
+        return Draw(x, p, calls)
+    n_sites = n_sites[rows]
+    n_most = int(n_sites.max())
+    sites = where[rows].int().topk(n_most).indices                      # (b, K), padded
+    is_site = torch.arange(n_most, device=x.device) < n_sites           # (b, K) bool
     if logits is None:
-        logits, calls = cfg_logits(denoiser, x, t, label, decoding, sites)      # (B, K, V)
+        seen = (x[rows], t[rows], label[rows])
+        logits, n_calls = cfg_logits(denoiser, *seen, decoding, sites)  # (b, K, V)
+        calls[rows] = n_calls
     else:
-        logits = logits.gather(1, sites[..., None].expand(-1, -1, logits.shape[-1]))
+        logits = logits[rows].gather(1, sites[..., None].expand(-1, -1, logits.shape[-1]))
     probs = truncate_probs(logits[is_site].float(), decoding)           # (n, V)
     drawn = sample_categorical(probs, generator)                        # (n,)
-    ids = x.gather(1, sites)
+    ids = x[rows].gather(1, sites)
     ids[is_site] = drawn
     p_drawn = torch.zeros(sites.shape, device=x.device)
     p_drawn[is_site] = probs.gather(1, drawn[:, None])[:, 0]
-    p = torch.zeros(x.shape, device=x.device).scatter(1, sites, p_drawn)
-    return Draw(x.scatter(1, sites, ids), p, calls)
+    p[rows] = p[rows].scatter(1, sites, p_drawn)
+    return Draw(x.index_copy(0, rows, x[rows].scatter(1, sites, ids)), p, calls)
 
 
 def race_keys(weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -76,14 +76,15 @@ def ddpd(
     editable = editable_mask(x, known)
     t = torch.full((len(x), 1), T_MAX, device=x.device)     # the clock: expected share of noise
     p_noise = torch.zeros(x.shape, device=x.device)
-    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    has_work = editable.any(1)
+    done = ~has_work
     nfe = torch.zeros_like(label)
     for step in range(n_steps + refine):
         is_refining = step >= n_steps
-        if step and done.all() and not is_refining:
+        rows = (has_work & (is_refining | ~done)).nonzero()[:, 0]       # (b,) sequences at work
+        if step and len(rows) == 0:
             continue
         rule = "fixed" if is_refining else schedule
-        rows = (is_refining | ~done).nonzero()[:, 0]                    # (b,) sequences at work
         if rule == "leap":
             t[rows] = 1 - step / n_steps
 
@@ -214,8 +215,7 @@ def ancestral(
     """The reverse process: x_s from q(x_s | x_t, p), every token on its own.  -> yields State
 
     x (B, N) pure noise: masks (id vocab), or uniform noise for process "uniform". Exact as steps go
-    to infinity. With masks alone the head runs at tokens that are uncovered, and a sequence without
-    masks leaves the computation.
+    to infinity. With masks alone a step costs a sequence nothing in which it uncovers no token.
     process    "mask", "uniform" or "hybrid" of p_uniform (arXiv:2503.04482)
     kind       "others": the denoiser is a leave-one-out prediction; "self": an x0-prediction, from
                which each step derives one (to_leave_one_out)
@@ -233,7 +233,7 @@ def ancestral(
         t = levels[step].expand(len(x), 1).to(x.device)
         s = levels[step + 1].expand(len(x), 1).to(x.device)
         before = x
-        if process == "mask":
+        if noise.only_masks:
             x, p_noise, calls = unmask_step(
                 denoiser, x, t, s, label, editable, noise, options, generator
             )
@@ -261,12 +261,9 @@ def unmask_step(
     is_masked = editable & (x == noise.vocab)
     u = torch.rand(x.shape, generator=generator, device=x.device)
     sites = is_masked & (u < (t - s) / t)
-    rows = (is_masked.any(1) & sites.any()).nonzero()[:, 0]  # the others are done
-    draw = sample_at(
-        denoiser, x[rows], t[rows].clamp(T_MIN, T_MAX), label[rows], sites[rows], options, generator
-    )
-    calls = torch.zeros_like(label).index_fill(0, rows, draw.calls)
-    return x.index_copy(0, rows, draw.x), is_masked.float(), calls
+    t_input = t.clamp(T_MIN, T_MAX)
+    draw = sample_at(denoiser, x, t_input, label, sites, options, generator)
+    return draw.x, is_masked.float(), draw.calls
 
 
 # Samplers that start from masks
@@ -336,18 +333,21 @@ def masked_share(done: float, schedule: str) -> float:
 @torch.no_grad()
 def remdm(
     denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: torch.Generator,
-    remask: str = "confidence", eta: float = 0.2, vocab: int | None = None,
+    remask: str = "confidence", eta: float | None = None, vocab: int | None = None,
     known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
     """ReMDM (arXiv:2503.00307): masked diffusion that masks written tokens again, to correct them.
 
     x (B, N) masks (id vocab)  ->  yields State. From level t to s a written token is masked with
-    probability sigma, at most min(1, s / (1 - t)): eta of that ("rescale"), no more than eta
-    ("cap"), or ("confidence") eta of it, shared out by a softmax over minus the probability at
-    which each token was written. The first two keep the data distribution.
+    probability sigma, at most min(1, s / (1 - t)): eta of that ("rescale"), or no more than eta
+    ("cap"); these two keep the data distribution. "confidence" shares eta of it out among all
+    tokens, by a softmax over minus the probability at which each was written: at most eta tokens a
+    step. eta None: 0.2, and 1 for "confidence", as in the released code
     """
     options = Decoding(**decoding)
     check_choice("remask", remask, ("confidence", "rescale", "cap"))
+    if eta is None:
+        eta = 1.0 if remask == "confidence" else 0.2
     check_at_least(n_steps=(n_steps, 1), eta=(eta, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
@@ -359,7 +359,7 @@ def remdm(
         s = 1 - (step + 1) / n_steps
         is_masked = editable & (x == vocab)
         u = torch.rand(x.shape, generator=generator, device=x.device)
-        most = min(1.0, s / (1 - t)) if t < 1 else 1.0
+        most = most_remasked(t, s)
         most = min(eta, most) if remask == "cap" else min(1.0, eta) * most
         sigma = torch.full(x.shape, most, device=x.device)
         if remask == "confidence":
@@ -369,13 +369,16 @@ def remdm(
         uncovered = is_masked & (u < (t - s + sigma * (1 - t)) / t)
         remasked = editable & ~is_masked & (u < sigma)
         t_input = torch.full((len(x), 1), t, device=x.device).clamp(T_MIN, T_MAX)
-        if uncovered.any():
-            draw = sample_at(denoiser, x, t_input, label, uncovered, options, generator)
-            x = draw.x
-            p_written = torch.where(uncovered, draw.p, p_written)
-            nfe = nfe + draw.calls
-        x = torch.where(remasked, vocab, x)
+        draw = sample_at(denoiser, x, t_input, label, uncovered, options, generator)
+        p_written = torch.where(uncovered, draw.p, p_written)
+        nfe = nfe + draw.calls
+        x = torch.where(remasked, vocab, draw.x)
         yield State(x.clone(), is_masked.float(), uncovered | remasked, t_input[:, 0], nfe)
+
+
+def most_remasked(t: float, s: float) -> float:
+    """The largest probability of masking a written token again from level t to s."""
+    return min(1.0, s / (1 - t)) if t < 1 else 1.0
 
 
 # Correction of finished sequences
@@ -384,15 +387,15 @@ def remdm(
 @torch.no_grad()
 def self_correct(
     denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: torch.Generator,
-    k: int = 1, t: float = 0.01, temperature: float = 0.1, patience: int = 16,
+    k: int = 1, t: float = 0.01, temperature: float = 0.1, patience: int = 32,
     p_uniform: float = 0.1, known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
     """Correct finished sequences by a denoiser that distrusts them (arXiv:2503.04482, section 5).
 
     x (B, N) without masks  ->  yields State. Each step draws every token anew at level t, and
     writes the k draws that differ and are likeliest. A sequence is done when no draw differs, or
-    its self-accuracy, the share of tokens that are the likeliest in their place, has not risen for
-    `patience` steps.
+    when its self-accuracy, the share of its tokens after the step that are the likeliest in their
+    place, has not risen in more than `patience` steps; the last of them is not written.
     """
     options = Decoding(temperature, **decoding)
     check_at_least(n_steps=(n_steps, 1), k=(k, 1), patience=(patience, 1))
@@ -412,18 +415,20 @@ def self_correct(
         p_at_x = gather_at(logits.float().softmax(-1), x[rows])
         p_noise[rows] = posterior_noise_prob(p_at_x, x[rows], level, noise) * editable[rows]
 
-        is_likeliest = (logits.argmax(-1) == x[rows]) | ~editable[rows]
-        accuracy = is_likeliest.float().mean(1)
-        steps_since[rows] = torch.where(accuracy > best_accuracy[rows], 0, steps_since[rows] + 1)
-        best_accuracy[rows] = best_accuracy[rows].maximum(accuracy)
-
         probs = truncate_probs(logits.float(), options)
         draws = sample_categorical(probs, generator)                    # (b, N)
         differs = (draws != x[rows]) & editable[rows]
         p_draw = gather_at(probs, draws).double()
-        stops = ~differs.any(1) | (steps_since[rows] >= patience)
-        likeliest = topk_mask(torch.where(differs, p_draw, -1.0), torch.full_like(label[rows], k))
-        sites = likeliest & differs & ~stops[:, None]
+        keys = torch.where(differs, p_draw, -1.0)
+        sites = topk_mask(keys, torch.full_like(label[rows], k)) & differs
+        corrected = torch.where(sites, draws, x[rows])
+
+        is_likeliest = (logits.argmax(-1) == corrected) | ~editable[rows]
+        accuracy = is_likeliest.float().mean(1)
+        steps_since[rows] = torch.where(accuracy > best_accuracy[rows], 0, steps_since[rows] + 1)
+        best_accuracy[rows] = best_accuracy[rows].maximum(accuracy)
+        stops = ~differs.any(1) | (steps_since[rows] > patience)
+        sites &= ~stops[:, None]
         x[rows] = torch.where(sites, draws, x[rows])
         done[rows] = stops
         written = torch.zeros_like(editable)

@@ -13,6 +13,7 @@ from world import tiny_spec
 
 import evaluate
 import train_ddpd
+from diffusion import samplers
 from support import diagnostics
 
 
@@ -46,7 +47,9 @@ def test_calibration_error():
 
 def judged_stub(spec, n_frames=0):
     """A run as n_steps_of needs it."""
-    return types.SimpleNamespace(spec=spec, n_frames=lambda flags: n_frames)
+    return types.SimpleNamespace(
+        spec=spec, n_frames=lambda flags: n_frames, n_unknown=lambda flags: spec.shape.n_tokens
+    )
 
 
 def flags_of(**values):
@@ -58,8 +61,9 @@ def flags_of(**values):
     [
         ("ddpd", "ddpd-mask", 9, 4),
         ("ddpd", "ddpd-single", 9, 9),
-        ("remdm", "ddpd-mask", 8, 8),
+        ("confidence", "ddpd-mask", 8, 8),
         ("ancestral", "ddpd-uniform", 3, 3),
+        ("ancestral", "gidd", 3, 3),
     ],
 )
 def test_steps_for_a_number_of_calls(row, method, nfe, steps):
@@ -67,12 +71,31 @@ def test_steps_for_a_number_of_calls(row, method, nfe, steps):
     assert evaluate.n_steps_of(row, judged_stub(tiny_spec(method)), nfe, flags_of()) == steps
 
 
+@pytest.mark.parametrize("row", ["ancestral", "remdm"])
+@pytest.mark.parametrize("nfe", [4, 12])
+def test_a_sampler_of_masks_makes_the_calls_that_it_may(row, nfe, rng):
+    """Steps in which nothing is uncovered cost nothing, so there are more of them than calls."""
+    judged = judged_stub(tiny_spec("ddpd-mask"))                        # 16 tokens
+    n_steps = evaluate.n_steps_of(row, judged, nfe, flags_of())
+    assert n_steps > nfe or nfe == 4
+    options = dict(n_steps=n_steps, generator=rng, vocab=7)
+    options |= dict(process="mask") if row == "ancestral" else {}
+    x = torch.full((500, 16), 7)
+    label = torch.zeros(500).long()
+
+    def denoiser(x, t, label, sites):
+        return torch.zeros(*sites.shape, 7)
+
+    states = getattr(samplers, row)(denoiser, x, label, **options)
+    assert samplers.last(states).nfe.double().mean().item() == pytest.approx(nfe, abs=0.7)
+
+
 def test_guidance_takes_more_calls():
     """Guidance of the denoiser takes one more call in a step, guidance of the planner another."""
     judged = judged_stub(tiny_spec("ddpd-mask"))
     guided = flags_of(guidance=2.0)
     assert evaluate.n_steps_of("ddpd", judged, 9, guided) == 3
-    assert evaluate.n_steps_of("remdm", judged, 9, guided) == 4
+    assert evaluate.n_steps_of("confidence", judged, 9, guided) == 4
     both = flags_of(guidance=2.0, planner_guidance=2.0)
     assert evaluate.n_steps_of("ddpd", judged, 9, both) == 2
 

@@ -269,7 +269,8 @@ def test_self_correction_mends_one_flipped_token(rng):
 
 
 def test_self_correction_stops_without_progress(rng):
-    """A denoiser that always wants another token is given up after `patience` steps, row by row."""
+    """A denoiser that always wants another token is given up after `patience` steps without
+    progress, row by row; the step that gives up writes nothing (as in the released code)."""
 
     def restless(x, t, label, sites=None):
         wanted = torch.where(label[:, None] == 0, (x + 1) % V, x)
@@ -278,9 +279,33 @@ def test_self_correction_stops_without_progress(rng):
     x = torch.zeros(4, 5).long()
     label = torch.tensor([0, 1, 0, 1])
     states = list(samplers.self_correct(restless, x, label, n_steps=99, generator=rng, patience=6))
-    assert len(states) == 7
-    assert states[-1].nfe.tolist() == [7, 1, 7, 1]
+    assert len(states) == 8                             # the first of them made progress
+    assert states[-1].nfe.tolist() == [8, 1, 8, 1]
     assert len(states[-1].x) == 4
+    assert states[5].written[[0, 2]].sum(1).tolist() == [1, 1]
+    assert not states[-1].written.any()
+
+
+def test_self_accuracy_is_that_of_the_corrected_sequence(rng):
+    """A row is given up when no corrected sequence of the last steps was a better one, as in the
+    released code, whatever the sequences before their corrections were."""
+
+    def denoiser(x, t, label, sites=None):              # id 0 is a little likelier than 1
+        return torch.tensor([0.02, 0.0] + [-50.0] * (V - 2)).expand(*x.shape, V)
+
+    x = torch.zeros(300, 6).long()
+    label = torch.zeros(300).long()
+    states = list(samplers.self_correct(denoiser, x, label, n_steps=99, generator=rng, patience=4))
+    n_given_up = 0                                      # others end when no draw differs
+    for row in range(300):
+        best, steps_since = 0, 0
+        for state in states[:states[-1].nfe[row] - 1]:  # what the last step drew is not written
+            accuracy = (state.x[row] == 0).sum().item()
+            steps_since = 0 if accuracy > best else steps_since + 1
+            best = max(best, accuracy)
+        assert steps_since <= 4
+        n_given_up += steps_since == 4
+    assert n_given_up > 200
 
 
 # Whole runs

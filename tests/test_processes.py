@@ -267,7 +267,7 @@ def test_networks_learn_under_the_new_process(neighbour, rng):
 def test_oracles_sample_under_the_new_process(neighbour, schedule, rng):
     """samplers.ddpd takes the new process by name; oracles reach x0."""
     x0 = torch.randint(V, (6, 12), generator=rng)
-    label = torch.zeros(6).long()
+    label = torch.arange(6)
     x = neighbour.sample_prior(x0.shape, rng)
     assert x.max() < V
     oracle = Oracle(x0, V)

@@ -114,7 +114,10 @@ class Table:
 
 
 class Oracle:
-    """Networks that know x0: the planner says where x differs from it, the denoiser what it is."""
+    """Networks that know x0: the planner says where x differs from it, the denoiser what it is.
+
+    Labels are rows of x0, since a sampler asks for some of its sequences only.
+    """
 
     def __init__(self, x0, vocab):
         self.x0 = x0
@@ -123,11 +126,11 @@ class Oracle:
 
     def planner(self, x, t, label, sites=None):
         self.calls += 1
-        return torch.where(x != self.x0, torch.inf, -torch.inf)
+        return torch.where(x != self.x0[label], torch.inf, -torch.inf)
 
     def denoiser(self, x, t, label, sites=None):
         self.calls += 1
-        logits = F.one_hot(self.x0, self.vocab).float().log()
+        logits = F.one_hot(self.x0[label], self.vocab).float().log()
         return logits if sites is None else at_sites(logits, sites)
 
 
