@@ -88,6 +88,9 @@ def sampler_of(row: str) -> str:
     return VARIANTS.get(row, (row, {}))[0]
 
 
+Bits = dict[str, tuple[float, float]]       # bound -> bits per token, standard error
+
+
 # A run that is judged
 
 
@@ -102,22 +105,20 @@ class Judged:
         self.metrics = metrics.metrics_for(self.spec.meta, self.splits)
         self.batch_limit = max(1, MAX_LOGITS // (self.spec.shape.n_tokens * self.spec.vocab))
 
-    def bits(self) -> tuple[float, float]:
-        """Bits per token of held-out data, by the tight bound, and the standard error."""
+    def bits(self) -> Bits:
+        """Bits per token of held-out data and its standard error, by each bound of the method, the
+        tight one first. Noise is the same for all runs; tokens that samples are given are given
+        here too."""
         val = self.splits["val"]
         n = N_BITS_VIDEO if self.spec.is_video else N_BITS
         n_repeated = -(-n // len(val)) * len(val)       # each sequence as often as any other
         x0, label = (torch.from_numpy(y).to(self.run.device) for y in val.spread_subset(n_repeated))
         with runtime.autocast(self.run.device, self.spec.config["dtype"]):
-            known = data.known_mask(self.spec.meta, x0)
+            known = data.context_mask(self.spec.meta, x0, self.spec.config["context_frames"])
             rng = runtime.generator("bits")
-            bounds = methods.bits_per_token(
+            return methods.bits_per_token(
                 self.spec, self.run.nets, x0, label, known, rng, n_distinct=len(val)
             )
-        if not bounds:
-            return math.nan, math.nan                   # no closed form
-        bits = list(bounds.values())
-        return min(bits) if self.spec.method.has_own_levels else bits[0]
 
     def n_frames(self, flags: Flags) -> int:
         """Frames of a video: a rollout makes any number, all else as many as the data has."""
@@ -339,7 +340,7 @@ def as_number(value: str) -> Any:
 
 
 def evaluate(
-    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: tuple[float, float],
+    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: Bits,
     decoder=None,
 ) -> list[dict[str, Any]]:
     """One row of the table, and one more where samples are corrected afterwards."""
@@ -372,9 +373,9 @@ def evaluate(
         out |= scores
         if spec.is_video:
             write_frames(run.folder / "frames.csv", out, per_frame)
+        out |= bits_columns(bits)
         out |= dict(
-            bits_per_token=round(bits[0], 4), bits_se=round(bits[1], 4), commit=runtime.commit(),
-            device=runtime.device_name(run.device),
+            commit=runtime.commit(), device=runtime.device_name(run.device),
             settings=settings_of(judged, row, nfe, seed, flags),
         )
         rows.append(out)
@@ -382,6 +383,15 @@ def evaluate(
             stem = f"{stage.name}_{nfe}_seed{seed}_guidance{flags.guidance or 1:g}"
             write_images(judged, stem, tokens, decoder, flags.batch_size)
     return rows
+
+
+def bits_columns(bits: Bits) -> dict[str, float]:
+    """The tight bound as bits_per_token, every other one under its name."""
+    tight, *others = bits.items() or [("none", (math.nan, math.nan))]      # no closed form
+    columns = dict(bits_per_token=round(tight[1][0], 4), bits_se=round(tight[1][1], 4))
+    for name, (value, error) in others:
+        columns |= {f"bits_{name}": round(value, 4), f"bits_{name}_se": round(error, 4)}
+    return columns
 
 
 def write_frames(path: Path, row: dict[str, Any], per_frame: dict[str, np.ndarray]) -> None:
@@ -451,10 +461,11 @@ def describe(row: dict[str, Any], per_class: dict | None, meta: dict[str, Any]) 
     return ", ".join(words)
 
 
-def describe_bits(bits: float, error: float) -> str:
-    if math.isnan(bits):
+def describe_bits(bits: Bits) -> str:
+    if not bits:
         return "no likelihood bound for its noise"
-    return f"{bits:.3f} +- {error:.3f} bits per token on held-out data"
+    bounds = [f"{value:.3f} +- {error:.3f} ({name})" for name, (value, error) in bits.items()]
+    return f"{', '.join(bounds)} bits per token on held-out data"
 
 
 def check_flags(flags: Flags) -> None:
@@ -507,7 +518,7 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
     if flags.decoder:
         decoder = render.load_decoder(flags.decoder, spec.meta, judged.run.device)
     bits = judged.bits()
-    print(f"{folder}, iteration {judged.run.it}: {describe_bits(*bits)}")
+    print(f"{folder}, iteration {judged.run.it}: {describe_bits(bits)}")
     if judged.metrics.val:
         real, per_class = judged.metrics.val
         print(
@@ -533,7 +544,7 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
 
 
 def rows_of(
-    judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: tuple[float, float],
+    judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits,
     decoder,
 ) -> list[dict[str, Any]]:
     """The row or two of a setting: those of evaluate.csv where they are finished, or drawn now."""

@@ -187,12 +187,14 @@ def self_correct(spec, nets, x, label, **options):
 
 
 def rollout_levels(spec, known, n_steps, frames=0, lag=-1):
-    """The scheduling matrix of a rollout after the first frames, as far as all tokens are known."""
+    """The scheduling matrix of a rollout after the first frames, as far as all tokens are known,
+    its levels spaced as the process has them."""
     context_frames = 0
     if known is not None and spec.is_video:
         is_known = known.view(len(known), -1, spec.shape.frame_size).all(2).all(0)     # (F,)
         context_frames = int(is_known.int().cumprod(0).sum())
-    return forcing.rollout_levels(spec.grid, n_steps, frames, lag, context_frames)
+    even = forcing.rollout_levels(spec.grid, n_steps, frames, lag, context_frames)
+    return spec.noise.spaced(even)
 
 
 def rollout(spec, nets, x, label, *, n_steps, frames=0, lag=-1, **options):
@@ -207,7 +209,7 @@ def rollout(spec, nets, x, label, *, n_steps, frames=0, lag=-1, **options):
 
 
 def rollout_together(spec, nets, x, label, **options):
-    """All frames at once, on evenly spaced levels whatever the process."""
+    """All frames at once."""
     return rollout(spec, nets, x, label, lag=0, **options)
 
 

@@ -26,7 +26,7 @@ class Process(NamedTuple):
     redraw: Callable | None = None
     starts_masked: bool = False         # pure noise is all masks; otherwise uniform ids
     odds_power: float = 1.0             # redraw / keep grows as (t / (1 - t)) ** odds_power
-    level_power: float = 1.0            # samplers space their levels as u ** level_power, u even
+    level_power: float = 1.0            # every sampler's levels are u ** level_power, u even
 
 
 def mask_weights(t: Tensor, p_uniform: float):
@@ -89,7 +89,10 @@ class Noise:
 
     def levels(self, n_steps: int) -> Tensor:
         """The levels from 1 to 0 of a sampler with n_steps steps.  -> (n_steps + 1,)"""
-        even = torch.tensor([1 - step / n_steps for step in range(n_steps + 1)])
+        return self.spaced(torch.tensor([1 - step / n_steps for step in range(n_steps + 1)]))
+
+    def spaced(self, even: Tensor) -> Tensor:
+        """Evenly spaced levels in [0, 1] as samplers of this process have them."""
         return even**self.row.level_power
 
 

@@ -49,9 +49,10 @@ def validate(cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], 
     for name, parts in rows.items():
         scores |= summarise(torch.cat(parts).double(), name, metrics[name])
     x0, label = x0.to(device), label.to(device)
+    known = data.context_mask(spec.meta, x0, cfg.context_frames)
     with runtime.autocast(device, cfg.dtype):
         bounds = methods.bits_per_token(
-            spec, nets, x0, label, data.known_mask(spec.meta, x0), rng, n_distinct=n_distinct
+            spec, nets, x0, label, known, rng, n_distinct=n_distinct
         )
     for name, (bits, error) in bounds.items():
         scores[f"val_bits_{name}"] = round(bits, 5)

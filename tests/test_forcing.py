@@ -15,8 +15,10 @@ from world import Oracle, Table, World, dense, tiny_spec
 
 import config
 import data
+import evaluate
 import methods
 import model
+import train_ddpd
 from diffusion import likelihood, objectives, processes, samplers
 from diffusion.forcing import draw_levels, forcing_tasks, rollout_levels, scheduling_matrix
 from diffusion.gidd import gidd_loss, gidd_tasks, token_weights
@@ -378,6 +380,18 @@ def test_rollouts_have_the_law_of_the_data(process, p_uniform, lag, rng):
     assert world.distance(final.x) < 0.02
 
 
+@pytest.mark.parametrize("sampler", ["rollout", "ancestral"])
+def test_a_run_is_sampled_on_its_process_levels(sampler, rng):
+    """Hybrid noise falls on squares, in rollouts too: at 8 steps .03 from the law, where an even
+    grid is .07 from it."""
+    spec = tiny_spec("forcing", grid=(1, 3), vocab=3, noise_granularity="token", p_uniform=0.2)
+    world = dense().under("hybrid", 0.2)
+    nets = {"denoiser": Table(world, world.denoiser)}
+    label = torch.zeros(60_000).long()
+    states = methods.sample(spec, nets, label, n_steps=8, generator=rng, sampler=sampler)
+    assert world.distance(samplers.last(states).x) < 0.045
+
+
 def test_the_window_slides(rng):
     """The denoiser sees so many frames, the falling one last; what is finished never changes."""
     x0 = torch.randint(V, (2, 24), generator=rng)           # 12 frames of 2 tokens
@@ -713,6 +727,27 @@ def test_training_learns_frames_after_the_context(n_context, rng):
 
 FORCING = [*TINY, "--method", "forcing", "--data", "bounce"]
 FORCING += ["--batch-size", 2, "--eval-sequences", 4]
+
+
+def test_bits_leave_the_given_frames_out(monkeypatch):
+    """The context of a run is neither noised nor counted in its bounds; all of them are reported,
+    by validation and evaluation alike."""
+    asked = []
+
+    def bits_per_token(spec, nets, x0, label, known, rng, n_distinct=0):
+        asked.append(known.view(len(known), *spec.grid))
+        return {"shared": (1.5, 0.1), "frames": (1.25, 0.2)}
+
+    monkeypatch.setattr(methods, "bits_per_token", bits_per_token)
+    flags = ["--context-frames", 2, "--max-iters", 1, "--out-dir", "out/given"]
+    train_ddpd.main(config.load(argv=[*map(str, [*FORCING, *flags])]))
+    bits = evaluate.Judged("out/given", torch.device("cpu")).bits()
+    for known in asked:
+        assert known[:, :2].all() and not known[:, 2:].any()
+    assert len(asked) == 2
+    columns = evaluate.bits_columns(bits)
+    assert columns == dict(bits_per_token=1.5, bits_se=0.1, bits_frames=1.25, bits_frames_se=0.2)
+    assert "1.250 +- 0.200 (frames)" in evaluate.describe_bits(bits)
 
 
 @pytest.mark.parametrize("flags", [

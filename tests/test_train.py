@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from conftest import ROOT, TINY, refusal, script, tiny_config
 import config
 import methods
 import train_ddpd
-from support import checkpoint, diagnostics, runtime, training
+from support import checkpoint, diagnostics, runtime, training, validate
 from support.checkpoint import digest, load_checkpoint
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}      # the order of sums is the same everywhere
@@ -187,6 +188,27 @@ def test_validation_is_the_loss_of_the_averaged_networks():
     assert scores["val_denoiser_ce_bins"] == pytest.approx([np.log(17)] * 10, abs=1e-4)
     assert scores["val_planner_auroc"] == pytest.approx(0.5)
     assert Path("out/validate/samples.png").exists()
+
+
+def test_validation_weighs_sequences_alike(monkeypatch):
+    """Where more are asked for than are held out, each occurs equally often."""
+    cfg = tiny("alike", "--eval-sequences", 200)
+    spec, splits = training.open_data(cfg)
+    n_val = len(splits["val"])
+    assert n_val == 180
+    assert [splits["val"].whole_repeats(n) for n in (20, 180, 181, 361)] == [20, 180, 360, 540]
+    seen = []
+    make_tasks = methods.make_tasks
+
+    def spy(spec, x0, *args):
+        seen.extend(map(tuple, x0.tolist()))
+        return make_tasks(spec, x0, *args)
+
+    monkeypatch.setattr(methods, "make_tasks", spy)
+    nets = methods.build(spec)
+    validate.validate(cfg, spec, nets, splits["val"], torch.device("cpu"))
+    assert len(seen) == 2 * n_val
+    assert all(n % 2 == 0 for n in Counter(seen).values())
 
 
 def test_sequences_known_by_heart_reach_their_floor(capsys):
