@@ -7,6 +7,9 @@ The comment beside a field is its --help. Off is 0 or "".
 import ast
 import difflib
 import math
+import operator
+import os
+import reprlib
 import sys
 import typing
 from dataclasses import MISSING, dataclass, fields, make_dataclass, replace
@@ -15,6 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 CONFIGS = Path(__file__).parent / "configs"
+LARGEST = 2**63             # larger numbers are neither taken nor computed
+MAX_TEXT = 1000             # characters
+MAX_IDS = 2**31             # of a vocabulary, and classes
+MAX_TOKENS = 2**24          # of a sequence
 
 
 class Bound(NamedTuple):
@@ -23,6 +30,7 @@ class Bound(NamedTuple):
 
 
 Positive = Annotated[int, Bound(1)]
+Layers = Annotated[int, Bound(1, 10_000)]
 NotNegative = Annotated[int, Bound(0)]
 NotNegativeFloat = Annotated[float, Bound(0)]
 Share = Annotated[float, Bound(0, 1)]
@@ -46,7 +54,7 @@ class DataOptions:
 @dataclass(frozen=True)
 class NetworkOptions:
     """Planner and denoiser have the same shape."""
-    n_layer: Positive = 6                   # blocks
+    n_layer: Layers = 6                     # blocks
     n_head: Positive = 4                    # heads; they divide n_embd
     n_embd: Positive = 512                  # width of the residual
     base_width: Positive = 512              # muP: the width at which each tensor trains at the lr
@@ -98,6 +106,17 @@ class MethodOptions:
     context_frames: NotNegative = 0         # forcing: frames that every rollout is given, at least
 
 
+# The flags above that each method reads; those of other methods must stay at their defaults
+READS = {
+    "ddpd": ("nets", "denoiser_process"),
+    "gidd": ("p_uniform", "weight", "clean_token_rate"),
+    "forcing": (
+        "process", "p_uniform", "weight", "clean_token_rate", "noise_granularity", "rollout_share",
+        "context_frames",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class LoggingOptions:
     """Logs, validations and checkpoints."""
@@ -118,9 +137,10 @@ class RunOptions:
     """Where and how it runs."""
     out_dir: str = ""                       # folder; "": out/<stem of the last config file>
     seed: Seed = 0                          # of weights, data order, noise and label dropout
-    # of matrix products; auto: bfloat16 where the device has it
+    # of matrix products; auto: bfloat16 where the device has it; float32: in full, no TF32
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False                   # torch.compile the networks
+    timeout_minutes: Positive = 30          # for which a process waits for a silent one
     dry_run: bool = False                   # print parameters, memory and time; train nothing
 
 
@@ -200,8 +220,12 @@ class DecodingFlags:
 @dataclass(frozen=True)
 class VideoFlags:
     """Videos."""
-    context_frames: NotNegative = 2         # frames of held-out videos that are given
+    context_frames: int | None = None       # frames of held-out videos that are given; 2
     frames: NotNegative = 0                 # in all; 0: as the data, or 8 times that in evaluate.py
+
+    @property
+    def n_given(self) -> int:
+        return 2 if self.context_frames is None else self.context_frames
 
 
 @dataclass(frozen=True)
@@ -247,7 +271,9 @@ def load(cls: type = Config, argv: list[str] | None = None) -> Any:
 
 def config_path(name: str) -> Path:
     """A config file, or the name of one of configs/."""
-    if Path(name).is_file():
+    if said := flaw(name):
+        raise SystemExit(f"the name of a config file is {said}")
+    if os.path.isfile(name):
         return Path(name)
     names = [path.stem for path in CONFIGS.glob("*.py")]
     if name in names:
@@ -259,7 +285,7 @@ def config_path(name: str) -> Path:
 def print_configs() -> None:
     """The names of configs/, each with the first sentence of its header."""
     for path in sorted(CONFIGS.glob("*.py")):
-        header = ast.get_docstring(ast.parse(path.read_text())) or ""
+        header = ast.get_docstring(parse_file(path)[0]) or "no header"
         print(f"{path.stem:16} {header.splitlines()[0]}")
 
 
@@ -304,52 +330,111 @@ def nearest(word: str, words: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
-# What a value in a config file may be made of: names, literals and arithmetic, nothing that runs
-ALLOWED_NODES = (
-    ast.Constant,
-    ast.Name,
-    ast.Tuple,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.operator,
-    ast.unaryop,
-    ast.expr_context,
-)
+def shown(value: Any) -> str:
+    """A value in a message: on one line, cut short where it is long."""
+    return " ".join(reprlib.repr(value).split())
+
+
+# Config files
 
 
 def read_file(path: str | Path, cls: type = Config) -> dict[str, Any]:
     """The assignments of one config file."""
     types = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
-    try:
-        body = ast.parse(Path(path).read_text()).body
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SystemExit(f"{path}: {error}") from None
+    module, lines = parse_file(path)
     values = {}
-    for node in body:
+    for node in module.body:
         where = f"{path}, line {node.lineno}"
+        line = lines[node.lineno - 1].strip()[:MAX_TEXT]
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue                                                    # the header
         is_assignment = isinstance(node, ast.Assign) and len(node.targets) == 1
         if not is_assignment or not isinstance(node.targets[0], ast.Name):
-            raise SystemExit(
-                f"{where}: a config file holds assignments only, not `{ast.unparse(node)}`"
-            )
+            raise SystemExit(f"{where}: a config file holds assignments only, not `{line}`")
         key = node.targets[0].id
         if key not in names:
             raise SystemExit(f"{where}: unknown key {key}; {nearest(key, names)}")
-        if not all(isinstance(part, ALLOWED_NODES) for part in ast.walk(node.value)):
-            raise SystemExit(
-                f"{where}: {key} must be a value or arithmetic, not `{ast.unparse(node.value)}`"
-            )
         try:
-            value = eval(
-                compile(ast.Expression(node.value), str(path), "eval"), {"__builtins__": {}}, values
-            )
-        except (ArithmeticError, NameError, TypeError) as error:
-            raise SystemExit(f"{where}: {error}") from None
+            value = evaluate(node.value, values)
+        except (ArithmeticError, NameError) as error:
+            raise SystemExit(f"{where}: {key}: {error}") from None
+        except (SyntaxError, RecursionError):
+            raise SystemExit(
+                f"{where}: {key} must be a value or arithmetic, not `{line}`"
+            ) from None
         values[key] = check_type(value, types[key], f"{where}: {key}")
     return values
+
+
+def parse_file(path: str | Path) -> tuple[ast.Module, list[str]]:
+    """-> its syntax tree, its lines"""
+    try:
+        text = Path(path).read_text()
+        return ast.parse(text), text.split("\n")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SystemExit(f"{path}: {error}") from None
+    except (RecursionError, MemoryError):
+        raise SystemExit(f"{path}: it is nested too deeply") from None
+
+
+def evaluate(node: ast.expr, values: dict[str, Any]) -> Any:
+    """A literal, a name assigned before, a tuple, or arithmetic on numbers. Nothing is run, and no
+    number exceeds LARGEST.
+
+    Raises SyntaxError for anything else
+    """
+    if isinstance(node, ast.Constant):
+        return not_too_large(node.value)
+    if isinstance(node, ast.Name):
+        if node.id not in values:
+            raise NameError(f"{node.id} has no value above this line")
+        return values[node.id]
+    if isinstance(node, ast.Tuple):
+        return tuple(evaluate(part, values) for part in node.elts)
+    if isinstance(node, ast.BinOp):
+        parts = [node.left, node.right]
+    elif isinstance(node, ast.UnaryOp):
+        parts = [node.operand]
+    else:
+        raise SyntaxError
+    if type(node.op) not in OPERATORS:
+        raise SyntaxError
+    numbers = [evaluate(part, values) for part in parts]
+    for number in numbers:
+        if type(number) not in (int, float):
+            raise ArithmeticError(f"arithmetic is for numbers, not for {shown(number)}")
+    return not_too_large(OPERATORS[type(node.op)](*numbers))
+
+
+def not_too_large(value: Any) -> Any:
+    """The value itself. Raises ArithmeticError"""
+    if type(value) in (int, float) and not abs(value) <= LARGEST:
+        raise ArithmeticError("numbers go to 2**63")
+    return value
+
+
+def power(base: float, exponent: float) -> float:
+    """base ** exponent, unless that is too large to be worth computing."""
+    if abs(base) > 1 and exponent * math.log2(abs(base)) > math.log2(LARGEST) + 1:
+        raise ArithmeticError("numbers go to 2**63")
+    return base**exponent
+
+
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: power,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
+
+
+# Checks
 
 
 def check_type(value: Any, kind: Any, where: str) -> Any:
@@ -358,26 +443,48 @@ def check_type(value: Any, kind: Any, where: str) -> Any:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        if value not in choices:
-            raise SystemExit(f"{where} is {value!r}, not one of {', '.join(choices)}")
+        if type(value) is not str or value not in choices:
+            raise SystemExit(f"{where} is {shown(value)}, not one of {', '.join(choices)}")
         return value
     if typing.get_origin(kind) is tuple:
         if type(value) is not tuple or any(type(part) is not int for part in value):
-            raise SystemExit(f"{where} is {value!r}, not whole numbers in brackets, as (32, 32)")
+            raise SystemExit(
+                f"{where} is {shown(value)}, not whole numbers in brackets, as (32, 32)"
+            )
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
     if type(value) is not kind:
-        raise SystemExit(f"{where} is {value!r}, not {kind.__name__}")
+        raise SystemExit(f"{where} is {shown(value)}, not {kind.__name__}")
     return value
 
 
+def flaw(value: Any) -> str:
+    """What is wrong with a text or number, whatever it is for; "" where nothing is."""
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            return f"{len(value)} characters long; it must have at most {MAX_TEXT}"
+        if not is_plain(value):
+            return f"{shown(value)}; it must be without control characters"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}; it must be a finite number"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "too large; numbers go to 2**63"
+    return ""
+
+
+def is_plain(text: str) -> bool:
+    """Is this one line of characters that a file can be named by?"""
+    return not any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in text)
+
+
 def check_bounds(flags: Any) -> Any:
-    """Refuse, by name, numbers outside of their field's Bound."""
+    """Refuse, by name, texts and numbers of no use, and numbers outside of their field's Bound."""
     for name, kind in typing.get_type_hints(type(flags), include_extras=True).items():
         value = getattr(flags, name, None)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise SystemExit(f"{name} is {value}; it must be a finite number")
+        for part in value if isinstance(value, tuple) else (value,):
+            if said := flaw(part):
+                raise SystemExit(f"{name} is {said}")
         bounds = [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, Bound)]
         for low, high in bounds:
             if low <= value <= high:
@@ -392,21 +499,26 @@ def check_bounds(flags: Any) -> Any:
 
 
 def check(cfg: Config) -> Config:
+    """Refuse, by name, values that mean nothing, and flags of other methods."""
+    check_values(cfg)
+    for field in fields(MethodOptions):
+        is_read = field.name == "method" or field.name in READS[cfg.method]
+        if not is_read and getattr(cfg, field.name) != field.default:
+            readers = [method for method, names in READS.items() if field.name in names]
+            raise SystemExit(
+                f"{field.name} is not read by method {cfg.method}, only by {', '.join(readers)}"
+            )
+    return cfg
+
+
+def check_values(cfg: Config) -> Config:
     """Refuse, by name, values that mean nothing."""
     check_bounds(cfg)
     if not 0 <= cfg.p_uniform < 1:
         raise SystemExit(f"p_uniform is {cfg.p_uniform}; it must lie in [0, 1)")
     if not 0 < cfg.clean_token_rate <= 1:
         raise SystemExit(f"clean_token_rate is {cfg.clean_token_rate}; it must lie in (0, 1]")
-    if (
-        bool(cfg.vocab) != bool(cfg.grid)
-        or min(cfg.grid, default=1) < 1
-        or (cfg.n_classes and not cfg.vocab)
-    ):
-        raise SystemExit(
-            f"vocab {cfg.vocab}, grid {cfg.grid} and n_classes {cfg.n_classes} are stated "
-            "together: ids, tokens per axis, classes"
-        )
+    check_stated_data(cfg)
     if cfg.method == "forcing" and cfg.weight in ("dynamic", "clip"):
         raise SystemExit(
             f"weight = {cfg.weight} learns nothing at level 1, where every rollout begins: "
@@ -418,3 +530,35 @@ def check(cfg: Config) -> Config:
             "from data"
         )
     return cfg
+
+
+def check_stated_data(cfg: Config) -> None:
+    """vocab, grid and n_classes go together, and are sizes of sequences that can be."""
+    if (
+        bool(cfg.vocab) != bool(cfg.grid)
+        or min(cfg.grid, default=1) < 1
+        or (cfg.n_classes and not cfg.vocab)
+    ):
+        raise SystemExit(
+            f"vocab {cfg.vocab}, grid {cfg.grid} and n_classes {cfg.n_classes} are stated "
+            "together: ids, tokens per axis, classes"
+        )
+    for name in ("vocab", "n_classes"):
+        if getattr(cfg, name) >= MAX_IDS:
+            raise SystemExit(f"{name} is {getattr(cfg, name)}; it must be less than {MAX_IDS}")
+    if math.prod(cfg.grid) > MAX_TOKENS:
+        raise SystemExit(f"grid is {shown(cfg.grid)}; it must hold at most {MAX_TOKENS} tokens")
+
+
+def restore(saved: Any) -> Config:
+    """The config of a run from its saved values, checked; a field younger than the run takes its
+    default."""
+    if not isinstance(saved, dict):
+        raise SystemExit(f"config is {shown(saved)}, not a dict")
+    types = typing.get_type_hints(Config, include_extras=True)
+    names = [field.name for field in fields(Config)]
+    for key in saved:
+        if key not in names:
+            raise SystemExit(f"config has an unknown key {shown(key)}")
+    values = {name: check_type(value, types[name], name) for name, value in saved.items()}
+    return check_values(Config(**values))

@@ -41,7 +41,6 @@ if __name__ == "__main__":
     flags = config.load(Flags)
 
 import bisect
-import csv
 import functools
 import json
 import math
@@ -144,7 +143,7 @@ class Judged:
         real, labels = val.spread_subset(min(flags.n_samples, len(val)))
         if spec.is_video:
             real = self.real_frames(real.reshape(len(real), *spec.grid), self.n_frames(flags))
-        known = data.context_mask(spec.meta, torch.from_numpy(real), flags.context_frames)
+        known = data.context_mask(spec.meta, torch.from_numpy(real), flags.n_given)
         if known is None:
             return HeldOut(labels, real, real)
         known = known.numpy()
@@ -267,11 +266,11 @@ def n_steps_of_rollout(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
         lag = 0
     elif lag is None:
         lag = -1
-    budget = nfe * (n_frames - flags.context_frames)
+    budget = nfe * (n_frames - flags.n_given)
     fitting = 0
     for n_steps in range(1, budget + 1):
         levels = forcing.rollout_levels(
-            judged.spec.grid, n_steps, n_frames, lag, flags.context_frames
+            judged.spec.grid, n_steps, n_frames, lag, flags.n_given
         )
         if len(levels) - 1 <= budget:
             fitting = n_steps
@@ -315,7 +314,7 @@ def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> 
     settings = dict(it=judged.run.it, sampler=row, nfe=nfe, seed=seed, n_samples=flags.n_samples)
     settings |= dict(correct=flags.correct, **flags.sampler_options())
     if judged.spec.is_video:
-        settings |= dict(frames=flags.frames, context_frames=flags.context_frames)
+        settings |= dict(frames=flags.frames, context_frames=flags.n_given)
     if flags.flips:
         settings["flips"] = flags.flips
     return json.dumps(settings, sort_keys=True)
@@ -323,10 +322,7 @@ def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> 
 
 def finished_rows(path: Path, settings: str) -> list[dict[str, Any]]:
     """Rows of a CSV that were drawn with these settings, numbers as numbers."""
-    if not path.exists():
-        return []
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    rows = [row for row in rows if row.get("settings") == settings]
+    rows = [row for row in runtime.read_rows(path) if row.get("settings") == settings]
     return [{key: as_number(value) for key, value in row.items() if value} for row in rows]
 
 
@@ -368,7 +364,7 @@ def evaluate(
                 context_level=flags.context_level or 0.0, flips=flags.flips,
             )
         scores, per_frame = judged.metrics.scores(
-            tokens, labels, real, flags.context_frames if spec.is_video else 0
+            tokens, labels, real, flags.n_given if spec.is_video else 0
         )
         out |= scores
         if spec.is_video:
@@ -396,10 +392,11 @@ def bits_columns(bits: Bits) -> dict[str, float]:
 
 def write_frames(path: Path, row: dict[str, Any], per_frame: dict[str, np.ndarray]) -> None:
     """A row of frames.csv for each frame."""
-    n_frames = len(next(iter(per_frame.values())))
-    for frame in range(n_frames):
+    rows = []
+    for frame in range(len(next(iter(per_frame.values())))):
         values = {name: round(float(value[frame]), 4) for name, value in per_frame.items()}
-        runtime.append_row(path, {key: row[key] for key in FRAME_KEYS} | dict(frame=frame) | values)
+        rows.append({key: row[key] for key in FRAME_KEYS} | dict(frame=frame) | values)
+    runtime.append_rows(path, *rows)
 
 
 def write_images(judged: Judged, name: str, tokens: np.ndarray, decoder, batch_size: int) -> None:
@@ -474,11 +471,12 @@ def check_flags(flags: Flags) -> None:
             raise SystemExit(f"--samplers {name} is not one of {', '.join(SAMPLERS)}")
     if not flags.runs or not flags.seeds:
         raise SystemExit("name at least one run and --seeds")
-    if min((flags.batch_size, *flags.nfe)) < 1 or min(flags.seeds) < 0 or flags.n_samples < 2:
-        raise SystemExit(
-            "--batch-size and --nfe must be at least 1, --n-samples at least 2, "
-            "--seeds not negative"
-        )
+    if min((flags.batch_size, *flags.nfe)) < 1 or flags.n_samples < 2:
+        raise SystemExit("--batch-size and --nfe must be at least 1, --n-samples at least 2")
+    if not all(0 <= seed < 2**32 for seed in flags.seeds):
+        raise SystemExit("--seeds must lie in [0, 4294967295]")
+    if flags.n_given < 0:
+        raise SystemExit("--context-frames must not be negative")
 
 
 def check_run(judged: Judged, names: list[str], budgets: tuple[int, ...], flags: Flags) -> None:
@@ -506,6 +504,22 @@ def check_run(judged: Judged, names: list[str], budgets: tuple[int, ...], flags:
         for option in flags.sampler_options():
             if option not in known_options:
                 raise SystemExit(f"--{option.replace('_', '-')} is no option of {', '.join(names)}")
+        refuse_idle_flags(spec, flags)
+
+
+def refuse_idle_flags(spec: methods.Spec, flags: Flags) -> None:
+    """Refuse, by name, flags that the run has no use for."""
+    has_known = spec.is_video or bool(spec.meta["given"])
+    idle = {
+        "--correct": flags.correct and "self_correct" not in spec.method.samplers,
+        "--planner": flags.planner and "ddpd" not in spec.method.samplers,
+        "--flips": flags.flips and not has_known,
+        "--frames": flags.frames and not spec.is_video,
+        "--context-frames": flags.context_frames is not None and not spec.is_video,
+    }
+    for flag, is_idle in idle.items():
+        if is_idle:
+            raise SystemExit(f"{flag} means nothing for a {spec.name} run on {spec.meta['name']}")
 
 
 def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
@@ -534,7 +548,7 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
             rows.append(
                 dict(run=str(folder), sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a")
             )
-            runtime.append_row(folder / "evaluate.csv", rows[-1])
+            runtime.append_rows(folder / "evaluate.csv", rows[-1])
             print(f"  {name}: n/a for a {spec.name} run")
             continue
         for nfe in budgets:
@@ -554,8 +568,7 @@ def rows_of(
     if not is_finished:
         with runtime.one_line_errors(ValueError):
             rows = evaluate(judged, name, nfe, seed, flags, bits, decoder)
-        for row in rows:
-            runtime.append_row(path, row)
+        runtime.append_rows(path, *rows)
     for row in rows:
         print(
             f"  {row['sampler']:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, "
@@ -575,7 +588,9 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(flags)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped: finished rows are kept, the same command continues") from None
+    with runtime.one_voice():
+        try:
+            main(flags)
+        except KeyboardInterrupt:
+            line = "stopped: finished rows are kept, the same command continues"
+            raise SystemExit(line) from None

@@ -139,7 +139,7 @@ def start_from_data(flags: Flags, spec: methods.Spec, labels: list[int]) -> Star
     if flags.frames:
         real = real_frames(real, flags.frames, spec.meta)
     known_tokens = torch.from_numpy(real.reshape(n, -1))
-    known = data.context_mask(spec.meta, known_tokens, flags.context_frames)
+    known = data.context_mask(spec.meta, known_tokens, flags.n_given)
     if known is None:
         known = torch.zeros_like(known_tokens, dtype=torch.bool)
     grid = list(real.shape[1:])
@@ -335,6 +335,8 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
         )
     if flags.frames and not is_video_rollout:
         raise SystemExit("--frames is a number of a video's frames, for forcing runs")
+    if flags.n_given < 0 or (flags.context_frames is not None and not spec.is_video):
+        raise SystemExit("--context-frames is a number of a video's first frames")
     if flags.n_steps is None:
         return replace(flags, n_steps=N_STEPS_PER_FRAME if is_video_rollout else N_STEPS)
     return flags
@@ -358,4 +360,5 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(flags)
+    with runtime.one_voice():
+        main(flags)

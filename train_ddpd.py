@@ -12,12 +12,12 @@ if __name__ == "__main__":
 
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -114,7 +114,7 @@ def main(cfg: config.Config) -> None:
         spec = methods.spec_of(asdict(cfg), meta) if meta else open_data(cfg)[0]
         diagnostics.dry_run(cfg, spec)
         return
-    world = runtime.start()
+    world = runtime.start(cfg.dtype, cfg.timeout_minutes)
     stop = runtime.Stop(world)
     try:
         run(cfg, stop, world)
@@ -124,21 +124,34 @@ def main(cfg: config.Config) -> None:
 
 def run(cfg: config.Config, stop: runtime.Stop, world: runtime.World) -> None:
     """Open or resume the run, and train."""
-    if not world.is_main:
-        dist.barrier()                                  # rank 0 makes the data and the folder
+    with ExitStack() as lock:
+        opened = None
+        with runtime.main_alone(world) as is_mine:      # rank 0 makes the data and the folder
+            if is_mine:
+                with stop.interrupting():
+                    opened = open_all(cfg, world, lock)
+        if signal := stop.requested():
+            raise SystemExit(128 + signal)
+        open_and_train(cfg, *(opened or open_all(cfg, world)), stop, world)
+
+
+def open_all(
+    cfg: config.Config, world: runtime.World, lock: ExitStack | None = None,
+) -> tuple[methods.Spec, dict[str, data.Split], dict[str, Any] | None]:
+    """The data and the run's folder, locked if a lock is to be held.  -> spec, splits, checkpoint
+    or None"""
+    folder = Path(cfg.out_dir)
     spec, splits = open_data(cfg)
-    make_folder(Path(cfg.out_dir))
-    with checkpoint.locked(Path(cfg.out_dir)) if world.is_main else nullcontext():
-        open_and_train(cfg, spec, splits, stop, world)
+    make_folder(folder)
+    if lock:
+        lock.enter_context(checkpoint.locked(folder))
+    return spec, splits, open_run(cfg, spec, world)
 
 
 def open_and_train(
-    cfg: config.Config, spec: methods.Spec, splits: dict[str, data.Split], stop: runtime.Stop,
-    world: runtime.World,
+    cfg: config.Config, spec: methods.Spec, splits: dict[str, data.Split],
+    state: dict[str, Any] | None, stop: runtime.Stop, world: runtime.World,
 ) -> None:
-    state = open_run(cfg, spec, world)
-    if world.is_main and world.size > 1:
-        dist.barrier()
     it = state["it"] if state else 0
     complaint = f"{cfg.out_dir} is at another iteration on another machine: all need one folder"
     runtime.require_same_everywhere(it, world, complaint)
@@ -201,7 +214,7 @@ def train(
         bar.update()
 
         is_last = training.it == cfg.max_iters
-        signal = stop.requested() * (not is_last)       # the last iteration ends by itself
+        signal = stop.requested()
         if is_last or training.it % cfg.log_interval == 0:
             bar.set_postfix_str(log_losses(cfg, training.it, meter, clock, log))
         if signal or is_last or is_due(training.it, cfg.save_interval):
@@ -213,20 +226,27 @@ def train(
                 )
         if signal:
             bar.close()
-            leave(signal, training.it, log, world)
-        if world.is_main and (is_last or is_due(training.it, cfg.eval_interval)):
-            with clock.paused():
-                scores = validate_and_log(
-                    cfg, spec, training.ema, splits["val"], training.it, log, world.device
-                )
-                bar.write(scores)
+            leave(cfg, signal, training.it, log, world)
+        if is_last or is_due(training.it, cfg.eval_interval):
+            with clock.paused(), runtime.main_alone(world) as is_mine:
+                if is_mine:
+                    with stop.interrupting():
+                        bar.write(validate_and_log(
+                            cfg, spec, training.ema, splits["val"], training.it, log, world.device
+                        ))
     bar.close()
+    if signal := stop.requested():
+        leave(cfg, signal, training.it, log, world)
     return clock.train_s
 
 
-def leave(signal: int, it: int, log: runtime.Log, world: runtime.World) -> None:
+def leave(
+    cfg: config.Config, signal: int, it: int, log: runtime.Log, world: runtime.World,
+) -> None:
     if world.is_main:
-        print(f"stopped by signal {signal} at iteration {it}, saved; the same command resumes")
+        is_finished = it >= cfg.max_iters
+        rest = "the last validation is left out" if is_finished else "the same command resumes"
+        print(f"stopped by signal {signal} at iteration {it}, saved; {rest}")
     log.close()
     sys.exit(128 + signal)
 
@@ -252,7 +272,8 @@ def log_losses(
 
 
 if __name__ == "__main__":
-    try:
-        main(cfg)
-    finally:
-        runtime.end()
+    with runtime.one_voice():
+        try:
+            main(cfg)
+        finally:
+            runtime.end()

@@ -3,7 +3,6 @@
 Importing this module puts the repository root on sys.path, so it is imported before the rest.
 """
 
-import csv
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -32,21 +31,14 @@ class Table:
         self.path = ASSETS / name
 
     def rows(self) -> Rows:
-        return read_csv(self.path)
+        return runtime.read_rows(self.path)
 
     def has(self, **key) -> bool:
         """Is there a row with these values?"""
         return bool(select(self.rows(), **key))
 
     def add(self, row: dict) -> None:
-        runtime.append_row(self.path, row)
-
-
-def read_csv(path: Path) -> Rows:
-    """All rows of a CSV file, none if it does not exist."""
-    if not path.exists():
-        return []
-    return list(csv.DictReader(path.read_text().splitlines()))
+        runtime.append_rows(self.path, row)
 
 
 def select(rows: Rows, **key) -> Rows:

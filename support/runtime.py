@@ -4,6 +4,7 @@ import csv
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import netrc
 import os
@@ -12,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +25,9 @@ from urllib.parse import ParseResult, urlparse
 import torch
 import torch.distributed as dist
 
-# of a collective: rank 0 may validate and draw pictures meanwhile
-TIMEOUT = datetime.timedelta(hours=12)
+WATCH_S = 5             # seconds between looks whether torchrun's agent is alive
+BEAT_S = 5              # seconds between signs of life of rank 0 while it works alone
+POLL_S = 0.05           # seconds between looks whether it has finished
 
 
 # Processes and devices
@@ -33,38 +37,115 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = None         # where processes leave words for each other
+    timeout_s: float = 0                    # for which one waits for another
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-def start() -> World:
+def start(dtype: str = "auto", timeout_minutes: int = 30) -> World:
     """Join the processes that torchrun started, or be the only one; choose the device."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(float32_precision(dtype))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        leave_with_agent()
+    store = None
     if size > 1:
-        if device.type == "cpu" and torch.cuda.is_available():
+        n_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if 0 < torch.cuda.device_count() < n_here:
             raise SystemExit(
-                f"{size} processes, but {torch.cuda.device_count()} GPUs: start one process per GPU"
+                f"{n_here} processes, but {torch.cuda.device_count()} GPUs: one process per GPU"
             )
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, **store_of_attempt(rank, size))
-    return World(rank, size, device)
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        store = store_of_attempt(rank, size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    return World(rank, size, device, store, 60 * timeout_minutes)
 
 
-def store_of_attempt(rank: int, size: int) -> dict[str, Any]:
-    """A store with keys of this attempt only: torchrun restarts on one machine keep theirs, with
-    old addresses."""
+def store_of_attempt(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The processes' store. On one machine with keys of this attempt only: torchrun's restarts
+    keep theirs there, with old addresses."""
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return {}
-    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+        return dist.PrefixStore("run", store)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    return dict(store=dist.PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=size)
+    return dist.PrefixStore(f"attempt_{attempt}", store)
+
+
+def leave_with_agent() -> None:
+    """End this process soon after the torchrun agent that started it: a successor would find it
+    training in the same folder."""
+    agent = os.getppid()
+
+    def watch():
+        while os.getppid() == agent:
+            time.sleep(WATCH_S)
+        print("torchrun's agent is gone: this process ends without a save", file=sys.stderr)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+TURNS = itertools.count()       # of rank 0, which all processes count alike
+
+
+@contextmanager
+def main_alone(world: World) -> Iterator[bool]:
+    """Rank 0 alone does what is in the block, for as long as it takes; the others wait at its end.
+
+    No collective waits meanwhile, so its timeout is for silence only: of rank 0 too, if it gives
+    no sign of life. yields whether this is rank 0
+    """
+    if world.size == 1:
+        yield True
+        return
+    turn = f"turn_{next(TURNS)}"
+    if not world.is_main:
+        yield False
+        wait_for_main(world, turn)
+        return
+    is_over = threading.Event()
+
+    def beat():
+        while not is_over.wait(BEAT_S):
+            world.store.add(f"{turn}_beats", 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    refusal = ""
+    try:
+        yield True
+    except BaseException as error:
+        refusal = f"rank 0: {first_line(error)}"
+        raise
+    finally:
+        is_over.set()
+        thread.join()
+        world.store.set(f"{turn}_over", refusal)
+
+
+def wait_for_main(world: World, turn: str) -> None:
+    """Until rank 0 has finished its turn; leaves with it where it refused to go on, and where it
+    is silent for the timeout."""
+    beats = 0
+    heard = time.monotonic()
+    while not world.store.check([f"{turn}_over"]):
+        now = time.monotonic()
+        if (new_beats := world.store.add(f"{turn}_beats", 0)) != beats:
+            beats = new_beats
+            heard = now
+        if now - heard > world.timeout_s:
+            raise SystemExit(f"rank 0 has been silent for {world.timeout_s / 60:g} minutes")
+        time.sleep(POLL_S)
+    if refusal := world.store.get(f"{turn}_over").decode():
+        raise SystemExit(refusal)
 
 
 def require_same_everywhere(number: int, world: World, complaint: str) -> None:
@@ -112,6 +193,11 @@ def matmul_dtype(device: torch.device, dtype: str = "auto") -> torch.dtype:
     return torch.bfloat16 if is_bfloat16 else torch.float32
 
 
+def float32_precision(dtype: str) -> str:
+    """Of float32 matrix products on a GPU: with --dtype float32 in full, else in TF32."""
+    return "highest" if dtype == "float32" else "high"
+
+
 def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
     """A context in which matrix products run in matmul_dtype."""
     is_on = matmul_dtype(device, dtype) == torch.bfloat16
@@ -146,16 +232,31 @@ def commit() -> str:
 # Signals and errors
 
 
+class Interrupted(BaseException):
+    """A signal came in a block that it may interrupt."""
+
+
 class Stop:
-    """Turns Ctrl-C or SIGTERM into a flag that the loop reads between steps; a second Ctrl-C ends
-    at once."""
+    """Turns Ctrl-C, SIGTERM or SIGHUP into a flag that the loop reads between steps; a second
+    Ctrl-C ends at once."""
 
     def __init__(self, world: World):
         self.world = world
         self.signal = 0
-        self.handlers = {
-            number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.interrupts = False
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self.handlers = {number: signal.signal(number, self.note) for number in numbers}
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """A block that ends as soon as a signal comes, and may end anywhere."""
+        self.interrupts = True
+        try:
+            yield
+        except Interrupted:
+            pass
+        finally:
+            self.interrupts = False
 
     def restore(self) -> None:
         for number, handler in self.handlers.items():
@@ -165,6 +266,9 @@ class Stop:
         if self.signal and number == signal.SIGINT:  # SIGTERM comes twice from some schedulers
             raise KeyboardInterrupt
         self.signal = number
+        if self.interrupts:
+            self.interrupts = False
+            raise Interrupted
 
     def requested(self) -> int:
         """The signal any rank got, 0 for none: all ranks stop at one step. No GPU is waited for."""
@@ -186,8 +290,35 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        name = f"{type(error).__name__}: " if isinstance(error, OSError) else ""
-        raise SystemExit(name + first_line(error)) from None
+        is_system = isinstance(error, OSError)
+        raise SystemExit(named_line(error) if is_system else first_line(error)) from None
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """How a script ends: refusals in one line, said by one process of each machine.
+
+    What the system refuses (a full disk, no permission, too little memory) needs no traceback
+    either. torchrun's own report ends with the same line.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except (OSError, MemoryError, SystemExit) as error:
+        message = error.code if isinstance(error, SystemExit) else named_line(error)
+        if not isinstance(message, str):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(1) from None
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            words = {"message": message, "timestamp": str(int(time.time()))}
+            Path(report).write_text(json.dumps(words))
+        raise SystemExit(message) from None
+
+
+def named_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 # Logs
@@ -315,20 +446,26 @@ def is_reachable(url: ParseResult, timeout_s: float = 3) -> bool:
         return False
 
 
-def append_row(path: str | Path, row: dict[str, Any]) -> None:
-    """Append to a CSV; where a column is new it is written anew, whole or not at all."""
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV, none if there is no file; a row that a kill left torn is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = csv.DictReader(path.read_text().splitlines())
+    return [row for row in rows if None not in row and None not in row.values()]
+
+
+def append_rows(path: str | Path, *new_rows: dict[str, Any]) -> None:
+    """Append to a CSV, which is written anew, whole or not at all; columns may be new."""
     path = Path(path)
     with one_line_errors(OSError):
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        old_columns = list(rows[0]) if rows else []
-        columns = list(dict.fromkeys([*old_columns, *row]))
-        if rows and columns == old_columns:
-            with open(path, "a", newline="") as file:
-                csv.DictWriter(file, columns).writerow(row)
-            return
+        rows = [*read_rows(path), *new_rows]
+        columns = list(dict.fromkeys(column for row in rows for column in row))
         new = path.with_suffix(".tmp")
         with open(new, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows([*rows, row])
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(new, path)

@@ -170,12 +170,13 @@ def save(cfg: config.Config, spec: methods.Spec, training: Training, world: runt
                 f"{training.it}: lower the lr; the last checkpoint is untouched"
             )
     is_saved = torch.ones((), dtype=torch.bool)
-    if world.is_main:
-        state = dict(it=training.it, config=asdict(cfg), meta=spec.meta, world_size=world.size)
-        for part in ("nets", "ema", "optimizers"):
-            modules = getattr(training, part)
-            state[part] = {name: module.state_dict() for name, module in modules.items()}
-        is_saved.fill_(checkpoint.save_checkpoint(cfg.out_dir, state))
+    with runtime.main_alone(world) as is_mine:
+        if is_mine:
+            state = dict(it=training.it, config=asdict(cfg), meta=spec.meta, world_size=world.size)
+            for part in ("nets", "ema", "optimizers"):
+                modules = getattr(training, part)
+                state[part] = {name: module.state_dict() for name, module in modules.items()}
+            is_saved.fill_(checkpoint.save_checkpoint(cfg.out_dir, state))
     if world.size > 1:
-        dist.broadcast(is_saved, 0)                     # nobody leaves while rank 0 writes
+        dist.broadcast(is_saved, 0)
     return bool(is_saved)
