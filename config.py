@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 CONFIGS = Path(__file__).parent / "configs"
 LARGEST = 2**63             # larger numbers are neither taken nor computed
 MAX_TEXT = 1000             # characters
+MAX_SHOWN = 100             # characters of a value in a message
 MAX_IDS = 2**31             # of a vocabulary, and classes
 MAX_TOKENS = 2**24          # of a sequence
 
@@ -332,7 +333,7 @@ def nearest(word: str, words: list[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value in a message: on one line, cut short where it is long."""
-    return " ".join(reprlib.repr(value).split())
+    return " ".join(reprlib.repr(value).split())[:MAX_SHOWN]
 
 
 # Config files

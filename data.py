@@ -10,10 +10,14 @@ python data.py --list                                           list the sources
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
+import io
 import json
 import math
+import os
+import reprlib
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
 ROOT = Path("data")
 SOURCES = Path(__file__).parent / "sources"
 SPLITS = ("train", "val")
+MAX_IDS = 2**31             # of a vocabulary, and classes
+MAX_TOKENS = 2**24          # of a sequence
+MAX_AXES = 8                # of its grid
 META_TYPES = {
     "name": str,
     "vocab": int,
@@ -54,6 +61,17 @@ class Make:
     vocab: int = 0          # vocabulary size, if the file holds tokens; 0: the largest id plus one
     tokenizer: str = ""     # tokenizer of the file's tokens: warns about ids that it cannot produce
     stochastic: bool = False    # bounce: draw a new velocity at every wall
+
+
+LARGEST = {                 # of the options that are sizes
+    "image_size": math.isqrt(MAX_TOKENS),
+    "grey_levels": MAX_IDS - 1,
+    "length": MAX_TOKENS,
+    "vocab": MAX_IDS - 1,
+}
+MAX_TEXT = 1000             # characters of the options that are texts
+MAX_NAME = 200              # characters of a folder's name
+MAX_SHOWN = 100             # characters of a value in a message
 
 
 # Reading
@@ -121,15 +139,28 @@ class Split:
 
 def read_npy(path: Path) -> np.memmap:
     """Open an .npy file as a read-only memory map."""
+    require_file(path)
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:      # a corrupt header raises many kinds of exception
         raise SystemExit(f"{path} cannot be read: {error!r}") from None
 
 
+def require_file(path: Path) -> None:
+    """Refuse what is missing, and what opening would wait for, as a pipe."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"{path} cannot be read: it is missing or not a file")
+
+
+def shown(value: object) -> str:
+    """A value in a message: on one line, cut short where it is long."""
+    return " ".join(reprlib.repr(value).split())[:MAX_SHOWN]
+
+
 def read_meta(folder: Path) -> dict:
     """Read and check a folder's meta.json."""
     path = folder / "meta.json"
+    require_file(path)
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -143,28 +174,59 @@ def read_meta(folder: Path) -> dict:
 def meta_error(meta: object) -> str:
     """The first thing that is wrong with a meta.json, "" if nothing is."""
     for key, kind in META_TYPES.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+        if not isinstance(meta, dict) or not has_type(meta.get(key), kind):
             return f"{key} is missing or of the wrong type"
+    return size_error(meta) or display_error(meta) or score_error(meta)
+
+
+def has_type(value: object, kind: type | tuple[type, ...]) -> bool:
+    """isinstance(), but True is no number."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def size_error(meta: dict) -> str:
+    """What is wrong with the vocabulary, the grid, the classes or the known tokens."""
     vocab = meta["vocab"]
     grid = meta["grid"]
     n_classes = meta["n_classes"]
     if vocab < 2 or n_classes < 0 or len(meta["class_names"]) != n_classes:
         return "vocab must be at least 2, and class_names must name n_classes classes"
+    if vocab >= MAX_IDS or n_classes >= MAX_IDS:
+        return f"vocab and n_classes must be less than {MAX_IDS}"
     if not is_grid(grid):
-        return f"grid {grid} is not a list of sizes that hold at least two tokens"
-    if isinstance(meta["palette"], list) and not is_palette(meta["palette"], vocab):
-        return f"palette must name a colour (r, g, b), 0 to 255, for each of {vocab} tokens"
-    if not all(isinstance(name, str) for name in meta["class_names"]):
-        return "class_names must be words"
-    for key, value in meta.items():
-        if isinstance(value, str) and leaves_folder(value):
-            return f"{key} {value!r} leaves the folder"
+        return f"grid {shown(grid)} is not a list of sizes that hold at least two tokens"
+    if math.prod(grid) > MAX_TOKENS or len(grid) > MAX_AXES:
+        return f"grid {shown(grid)} holds more than {MAX_TOKENS} tokens, or has too many axes"
     for entry in meta["given"]:
         if not is_index(entry, vocab) and not is_position(entry, grid):
-            return f"given {entry!r} is neither an id below {vocab} nor a position on the grid"
+            return (f"given {shown(entry)} is neither an id below {vocab} "
+                    "nor a position on the grid")
+    return ""
+
+
+def display_error(meta: dict) -> str:
+    """What is wrong with the colours or the words."""
+    palette = meta["palette"]
+    if isinstance(palette, list) and not is_palette(palette, meta["vocab"]):
+        return f"palette must name a colour (r, g, b), 0 to 255, for each of {meta['vocab']} tokens"
+    if palette == "text" and meta["vocab"] > 256:
+        return f"palette text is for bytes, not for a vocabulary of {meta['vocab']}"
+    if not all(isinstance(name, str) for name in meta["class_names"]):
+        return "class_names must be words"
+    for key in ("name", "palette"):
+        if isinstance(meta[key], str) and leaves_folder(meta[key]):
+            return f"{key} {shown(meta[key])} leaves the folder"
+    return ""
+
+
+def score_error(meta: dict) -> str:
+    """What is wrong with the source that judges samples."""
     score = meta.get("score", "")
-    if score != "" and score not in source_names():
-        return f"score {score!r} names no file in sources/"
+    is_certain = meta.get("is_certain", False)
+    if not isinstance(score, str) or (score and score not in source_names()):
+        return f"score {shown(score)} names no file in sources/"
+    if not isinstance(is_certain, bool) or (is_certain and not score):
+        return f"is_certain is {shown(is_certain)}; it must be true or false, and needs a score"
     return ""
 
 
@@ -220,13 +282,13 @@ def load(name: str, image_size: int = 0, grey_levels: int = 0) -> tuple[dict, di
 
 
 def has_data(folder: Path) -> bool:
-    return (folder / "meta.json").exists()
+    return os.path.isfile(folder / "meta.json")
 
 
 def make_if_missing(name: str, image_size: int, grey_levels: int) -> Path:
     """Make a source's folder unless it exists.  ->  folder"""
     source = import_source(name)
-    options = Make(name, image_size=image_size, grey_levels=grey_levels)
+    options = check_options(Make(name, image_size=image_size, grey_levels=grey_levels))
     folder = ROOT / source.folder_name(options)
     if has_data(folder):
         return folder
@@ -392,7 +454,9 @@ class SplitWriter:
         token_bytes = self.n * self.dtype.itemsize * math.prod(self.grid)
         assert self.file.seek(0, 2) == header_bytes + token_bytes
         self.file.close()
-        np.save(self.labels_file, np.concatenate(self.labels))
+        labels = io.BytesIO()       # np.save to a full disk does not say that it is full
+        np.save(labels, np.concatenate(self.labels))
+        self.labels_file.write_bytes(labels.getvalue())
 
 
 def make(source: ModuleType, folder: Path, options: Make) -> None:
@@ -400,7 +464,19 @@ def make(source: ModuleType, folder: Path, options: Make) -> None:
 
     The folder appears complete or not at all, even if several runs make it at the same time.
     """
+    try:
+        make_folder(source, folder, options)
+    except (OSError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+        raise SystemExit(f"{folder} cannot be made: {reason}") from None
+
+
+def make_folder(source: ModuleType, folder: Path, options: Make) -> None:
+    """Raises OSError where a file cannot be read or written."""
     meta, chunks = source.make(options)     # chunks: (split, tokens (m, *grid), labels (m,))
+    message = meta_error(meta)
+    if message:
+        raise SystemExit(f"{folder} cannot be made: {message}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}_") as scratch:
         new_folder = Path(scratch) / folder.name
@@ -421,14 +497,40 @@ def write_folder(folder: Path, meta: dict, chunks: Iterable[tuple]) -> dict[str,
     """Create a folder with all splits and meta.json.  ->  {split: number of sequences}"""
     folder.mkdir()
     writers = {}
-    for split, tokens, labels in chunks:
-        if split not in writers:
-            writers[split] = SplitWriter(folder, split, meta)
-        writers[split].add(tokens, labels)
-    for writer in writers.values():
-        writer.close()
+    try:
+        for split, tokens, labels in chunks:
+            if split not in writers:
+                writers[split] = SplitWriter(folder, split, meta)
+            writers[split].add(tokens, labels)
+        for writer in writers.values():
+            writer.close()
+    finally:
+        for writer in writers.values():
+            with contextlib.suppress(OSError):      # a full disk, which has been said
+                writer.file.close()
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return {split: writer.n for split, writer in writers.items()}
+
+
+def check_options(options: Make) -> Make:
+    """Refuse, by name, texts and sizes of no use."""
+    for name, value in vars(options).items():
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise SystemExit(f"{name} is {len(value)} characters long; "
+                             f"it must have at most {MAX_TEXT}")
+        if isinstance(value, str) and not is_plain(value):
+            raise SystemExit(f"{name} is {shown(value)}; it must be without control characters")
+        high = LARGEST.get(name)
+        if high and not 0 <= value <= high:
+            raise SystemExit(f"{name} is {shown(value)}; it must lie in [0, {high}]")
+    if "/" in options.name or options.name.startswith(".") or len(options.name) > MAX_NAME:
+        raise SystemExit(f"--name {shown(options.name)} is not a plain folder name")
+    return options
+
+
+def is_plain(text: str) -> bool:
+    """Is this one line of characters that a file can be named by?"""
+    return not any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in text)
 
 
 def main() -> None:
@@ -437,9 +539,7 @@ def main() -> None:
         return
     import tyro
 
-    options = tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,))
-    if "/" in options.name or options.name.startswith("."):
-        raise SystemExit(f"--name {options.name} is not a plain folder name")
+    options = check_options(tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,)))
     source = import_source(options.source)
     folder = ROOT / (options.name or source.folder_name(options))
     if has_data(folder):

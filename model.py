@@ -241,7 +241,8 @@ class Transformer(nn.Module):
         h = self.tok_emb(x) + self.positions(n_frames)                  # (B, N, D)
         if self.t_conditioned:
             h = h + self.t_proj(level_features(t))                      # (B, 1, D) or (B, N, D)
-        label_tokens = norm(self.label_emb(label).view(len(x), N_LABEL_TOKENS, -1))
+        label_tokens = self.label_emb(label).view(len(x), N_LABEL_TOKENS, self.shape.n_embd)
+        label_tokens = norm(label_tokens)
         if self.shape.causal:
             kv_cache = kv_cache or KVCache(self.shape)
             kv_cache.n_keep = n_keep

@@ -25,11 +25,13 @@ class Task(NamedTuple):
     n_loss_tokens: int = 0      # the loss is divided by this; 0: by the number of sites
 
     def to(self, device: torch.device) -> "Task":
-        if device.type != "cuda":
+        if device.type == "cpu":
             return self
 
         def move(y: Tensor) -> Tensor:
-            return y.pin_memory().to(device, non_blocking=True)
+            if device.type == "cuda":                   # copied while the host goes on
+                return y.pin_memory().to(device, non_blocking=True)
+            return y.to(device)
 
         xt, t, label, sites, target = (move(y) for y in self[:5])
         loss_args = tuple(map(move, self.loss_args))

@@ -55,10 +55,8 @@ def ddpd(
 ) -> Iterator[State]:
     """Planned denoising (arXiv:2410.06264, alg. 1): a planner finds noise, a denoiser replaces it.
 
-    x (B, N) int64 of uniform noise, label (B,)  ->  yields State, n_steps + refine of them, fewer
-    where all sequences stop early.
-    planner    None: the denoiser is an x0-prediction on uniform noise and serves as both, in one
-               call (split_planner_denoiser)
+    x (B, N) int64 of uniform noise, label (B,)  ->  yields State, at most n_steps + refine of them
+    planner    None: the denoiser is an x0-prediction on uniform noise and serves as both, at once
     schedule   how many sites: "one"; "fixed" k; "spread" expected noise left over steps left,
                rounded up; "leap" each site by itself, with probability p_noise (t - s)/t on a fixed
                clock: exact for many steps
@@ -76,13 +74,14 @@ def ddpd(
     editable = editable_mask(x, known)
     t = torch.full((len(x), 1), T_MAX, device=x.device)     # the clock: expected share of noise
     p_noise = torch.zeros(x.shape, device=x.device)
-    has_work = editable.any(1)
-    done = ~has_work
+    done = ~editable.any(1)
     nfe = torch.zeros_like(label)
+    if not editable.any():
+        yield State(x, p_noise, editable, t[:, 0], nfe)
     for step in range(n_steps + refine):
         is_refining = step >= n_steps
-        rows = (has_work & (is_refining | ~done)).nonzero()[:, 0]       # (b,) sequences at work
-        if step and len(rows) == 0:
+        rows = (editable.any(1) & (is_refining | ~done)).nonzero()[:, 0]        # (b,) at work
+        if len(rows) == 0:
             continue
         rule = "fixed" if is_refining else schedule
         if rule == "leap":

@@ -211,7 +211,7 @@ def guide(judged: evaluate.Judged) -> None:
     cell = wanted[has_cell][:, None]                                    # (n, 1)
 
     def reward(x):
-        at_cell = x.gather(1, torch.from_numpy(cell))
+        at_cell = x.gather(1, torch.from_numpy(cell).to(x.device))
         return (at_cell == path)[:, 0].float()
 
     steering = dict(reward=reward, reward_weight=REWARD_WEIGHT, particles=PARTICLES, n_draws=4)
@@ -294,7 +294,7 @@ def bounce_lines(column: str) -> list[Line]:
         rows = []
         for of_run, seed in RUNS["bounce"]:
             if of_run == name:
-                rows += common.read_csv(Path(run_folder(name, seed)) / "frames.csv")
+                rows += runtime.read_rows(Path(run_folder(name, seed)) / "frames.csv")
         rows = common.select(rows, n=N_FAR)
         frames = sorted({int(row["frame"]) for row in rows})
         for level in STABILIZATION[name]:

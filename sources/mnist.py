@@ -7,16 +7,21 @@ F holds IDX files, plain or .gz; without it they are downloaded.
 
 import gzip
 import hashlib
+import http.client
+import math
 import os
 import urllib.request
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 SIZE = 32
 GREY_LEVELS = 8
 N_VAL = 1000            # images held out if there are only the t10k files
+MAX_BYTES = 2**31       # of a file, expanded
+BLOCK = 2**20           # bytes read at a time
 MAKES_ITSELF = False
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 MD5 = {
@@ -88,7 +93,7 @@ def read_splits(folder: Path) -> list[tuple]:
 
 
 def to_tokens(images: np.ndarray, size: int, grey_levels: int) -> np.ndarray:
-    """Pad to 32x32, resize, quantise.  (n, 28, 28) uint8  ->  (n, size, size) uint16"""
+    """Pad to 32x32, resize, quantise.  (n, 28, 28) uint8  ->  (n, size, size) unsigned"""
     from PIL import Image
 
     padded = pad(images)
@@ -96,7 +101,8 @@ def to_tokens(images: np.ndarray, size: int, grey_levels: int) -> np.ndarray:
         padded_images = [Image.fromarray(image) for image in padded]
         resized = [image.resize((size, size), Image.Resampling.BOX) for image in padded_images]
         padded = np.stack(resized)
-    return np.round(padded * ((grey_levels - 1) / 255)).astype(np.uint16)
+    dtype = np.min_scalar_type(grey_levels - 1)
+    return np.round(padded * ((grey_levels - 1) / 255)).astype(dtype)
 
 
 def pad(images: np.ndarray) -> np.ndarray:
@@ -135,27 +141,46 @@ def read_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray] | None:
 def find_file(folder: Path, stem: str) -> Path | None:
     """The file itself, else its .gz, else None."""
     for name in (stem, f"{stem}.gz"):
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return folder / name
     return None
 
 
 def read_idx(path: Path, n_axes: int) -> np.ndarray:
-    """An IDX file of bytes: 0 0 8 n_axes, big-endian sizes, data.  ->  uint8 array"""
+    """An IDX file of bytes: 0 0 8 n_axes, big-endian sizes, data.  ->  uint8 array
+
+    No more is expanded than the header announces.
+    """
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            raw = file.read()
+            header = file.read(4 + 4 * n_axes)
+            shape = idx_shape(path, header, n_axes)
+            n_announced = math.prod(shape)
+            raw = read_at_most(file, n_announced + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from None
-    header_bytes = 4 + 4 * n_axes
-    if len(raw) < header_bytes or raw[:4] != bytes([0, 0, 8, n_axes]):
-        raise SystemExit(f"{path} is no IDX file of bytes with {n_axes} axes")
-    sizes = np.frombuffer(raw, ">u4", count=n_axes, offset=4)
-    shape = tuple(int(size) for size in sizes)
-    n_bytes = len(raw) - header_bytes
-    if n_bytes != np.prod(shape, dtype=object) or 0 in shape:
+    if len(raw) != n_announced:
+        n_bytes = "more" if len(raw) > n_announced else len(raw)
         raise SystemExit(f"{path} says it holds {shape}, but has {n_bytes} bytes of data")
-    return np.frombuffer(raw, np.uint8, offset=header_bytes).reshape(shape)
+    return np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+def idx_shape(path: Path, header: bytes, n_axes: int) -> tuple[int, ...]:
+    """The sizes that an IDX header announces, none of them 0."""
+    if len(header) < 4 + 4 * n_axes or header[:4] != bytes([0, 0, 8, n_axes]):
+        raise SystemExit(f"{path} is no IDX file of bytes with {n_axes} axes")
+    shape = tuple(np.frombuffer(header, ">u4", offset=4).tolist())
+    if not 0 < math.prod(shape) <= MAX_BYTES:
+        raise SystemExit(f"{path} says it holds {shape}, not between 1 and {MAX_BYTES} bytes")
+    return shape
+
+
+def read_at_most(file: BinaryIO, n_bytes: int) -> bytearray:
+    """The next n_bytes, or all up to the end. Memory grows with what is there only."""
+    raw = bytearray()
+    while block := file.read(min(BLOCK, n_bytes - len(raw))):
+        raw += block
+    return raw
 
 
 def download(name: str, mirror: str, md5: dict[str, str]) -> Path:
@@ -173,7 +198,7 @@ def fetch(url: str, target: Path, digest: str) -> None:
     part = target.with_name(f"{target.name}.part")
     try:
         found = copy_url(url, part)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         part.unlink(missing_ok=True)
         raise SystemExit(f"{url} cannot be fetched ({error}): put the IDX files into a folder "
                          "and name it with --folder") from None

@@ -5,6 +5,7 @@ python data.py text --file F [--length 128] [--name NAME]
 The windows do not overlap, and the last tenth of the file is held out. No classes.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def make(options) -> tuple[dict, list]:
     """Windows of bytes.  ->  meta, [(split, tokens (n, 1, length), labels (n,))]"""
     path = Path(options.file)
     length = options.length or LENGTH
-    if not options.file or not path.is_file():
+    if not os.path.isfile(options.file):
         raise SystemExit(f"no file {options.file!r}: name a text with --file F")
     raw = np.fromfile(path, np.uint8)
     if len(raw) < MIN_SEQUENCES * length:

@@ -6,6 +6,7 @@ If a *_metadata.json lies beside the file, its total_samples must agree.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def make(options) -> tuple[dict, Iterable]:
         known = ", ".join(CODEBOOK_SIZES)
         raise SystemExit(f"tokenizer {options.tokenizer} is not one of {known}")
     path = Path(options.file)
-    if not options.file or not path.is_file():
+    if not os.path.isfile(options.file):
         raise SystemExit(f"no file {options.file!r}: name the tokens with --file F.safetensors")
     contents = scan(path, options.vocab or MAX_IDS)
     check_count(path, contents.n)
@@ -168,7 +169,7 @@ def read_chunk(path: Path, start: int) -> tuple[int, np.ndarray, np.ndarray]:
 
 def total_samples(path: Path) -> int | None:
     """Number of sequences according to the metadata beside the file, None without metadata."""
-    found = sorted(path.parent.glob("*_metadata.json"))
+    found = [file for file in path.parent.glob("*_metadata.json") if file.is_file()]
     same_stem = [file for file in found if file.name == f"{path.stem}_metadata.json"]
     candidates = same_stem or found
     if len(candidates) != 1:

@@ -451,7 +451,10 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     path = Path(path)
     if not path.exists():
         return []
-    rows = csv.DictReader(path.read_text().splitlines())
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"{path} cannot be read as a table: {first_line(error)}") from None
     return [row for row in rows if None not in row and None not in row.values()]
 
 

@@ -65,7 +65,7 @@ def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> di
         old = state["config"]
         changed = [
             f"{key} {old[key]} -> {value}" for key, value in asdict(cfg).items()
-            if key in old and old[key] != value and key != "out_dir"
+            if old[key] != value and key != "out_dir"
         ]
         if changed and world.is_main:
             print(f"{folder} is resumed with " + ", ".join(changed))
@@ -82,7 +82,7 @@ def refuse_misfit(
     old = state["config"]
     for key in cfg.FIXED:
         now = getattr(cfg, key)
-        if old.get(key, now) != now:                    # a key younger than the run is no misfit
+        if old[key] != now:
             raise SystemExit(
                 f"{cfg.out_dir} was trained with {key} = {old[key]}, not {now}; "
                 "choose another --out-dir"
@@ -138,10 +138,8 @@ def build_training(
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """The saved moments, with today's weight decay; the lr is set at every iteration."""
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> None:

@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import config
+import methods
+from support import runtime, training
 
 TINY = """
     --image-size 8 --n-layer 1 --n-head 1 --n-embd 16 --base-width 16 --batch-size 4
@@ -45,6 +48,30 @@ def tiny_config(out, *flags):
     """The Config of a run in out/<out> that trains within a second."""
     argv = [*TINY, "--out-dir", f"out/{out}", *map(str, flags)]
     return config.load(argv=argv)
+
+
+def meta_of(vocab, grid, n_classes, **more):
+    """A meta.json."""
+    names = [str(i) for i in range(n_classes)]
+    return dict(name="x", vocab=vocab, grid=grid, n_classes=n_classes, class_names=names,
+                palette="grey", given=[]) | more
+
+
+def save_run(folder, meta, *flags):
+    """A run of one iteration on gradients of one, in a new folder.  -> cfg, spec"""
+    argv = [*TINY, "--dtype", "float32", "--out-dir", folder, *flags]
+    cfg = config.load(argv=list(map(str, argv)))
+    spec = methods.spec_of(asdict(cfg), meta)
+    world = runtime.World(0, 1, torch.device("cpu"))
+    trained = training.build_training(cfg, spec, None, world.device)
+    for name, net in trained.nets.items():
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        trained.optimizers[name].step()
+    trained.it = 1
+    Path(folder).mkdir(parents=True)
+    assert training.save(cfg, spec, trained, world)
+    return cfg, spec
 
 
 def refusal(call, *args, **kwargs):

@@ -274,7 +274,8 @@ def test_bounds_are_inclusive():
             config.check_bounds(replace(config.Config(), **{name: bound.low}))
             if bound.high < math.inf:
                 config.check_bounds(replace(config.Config(), **{name: bound.high}))
-    assert kinds == {*map(config.Bound, (0, 1)), config.Bound(0, 1), config.Bound(0, 2**32 - 1)}
+    both = [(0, 1), (0, 2**32 - 1), (1, 10_000)]
+    assert kinds == {config.Bound(0), config.Bound(1), *(config.Bound(*ends) for ends in both)}
 
 
 @pytest.mark.parametrize(

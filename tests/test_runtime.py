@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY
-from test_train import ONE_THREAD, checkpoint_of, output_of, torchrun, wait_for_lines
+from test_train import ONE_THREAD, checkpoint_of, torchrun, wait_for_lines
 
 from support import runtime
 

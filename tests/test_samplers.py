@@ -191,8 +191,12 @@ def test_a_sequence_that_is_known_takes_no_calls(process, rng):
     known[0] = True
     options = dict(n_steps=4, generator=rng, vocab=5, denoiser_process=process, refine=2)
 
+    def planner(x, t, label, sites=None):
+        assert len(x) > 0
+        return constant_planner(x, t, label)
+
     def sample(known):
-        nets = constant_planner, constant_denoiser(5)
+        nets = planner, constant_denoiser(5)
         return list(ddpd(*nets, x, no_label(len(x)), known=known, **options))
 
     states = sample(known)
