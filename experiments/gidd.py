@@ -4,7 +4,8 @@ python experiments/gidd.py [train | sample | table] [digits | text] [compile]
 
 train   digits with p_uniform 0, 0.1 and 0.2, three seeds; text (data/text) with 0 and 0.2, two
         seeds; DDPD beside each
-sample  at 16, 32 and 64 steps, before and after as many of self-correction: assets/gidd_*.csv
+sample  with 16, 32 and 64 network calls, before and after at most as many of self-correction:
+        assets/gidd_*.csv
 table   the tables of those files
 Without a word all of it is done. "compile" trains compiled networks, in about half the time.
 Finished runs and rows are skipped, so the same command resumes.
@@ -18,7 +19,7 @@ import numpy as np
 import evaluate
 from support import runtime
 
-STEPS = (16, 32, 64)
+NFE = (16, 32, 64)
 N_SAMPLES = {"digits": 250, "text": 100}
 SEEDS = {"digits": (0, 1, 2), "text": (0, 1)}
 # What is trained: GIDD with this p_uniform, or DDPD
@@ -69,25 +70,23 @@ def sample_run(data: str, kind: str, seed: int) -> None:
         print(f"{folder} is not trained yet")
         return
     table = TABLES[data]
-    missing = [n for n in STEPS if not table.has(run=folder, steps=n)]
+    missing = [nfe for nfe in NFE if not table.has(run=folder, calls=nfe)]
     if not missing:
         return
     judged = evaluate.Judged(folder, runtime.pick_device())
     bits = judged.bits()
     sampler = "ddpd" if kind == "ddpd" else "ancestral"
-    calls_per_step = 2 if kind == "ddpd" else 1
     shown = ["run", "sampler", "steps", "nfe", *COLUMNS[data]]
-    for n_steps in missing:
-        flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES[data], correct=n_steps)
-        nfe = n_steps * calls_per_step
+    for nfe in missing:
+        flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES[data], correct=nfe)
         for row in evaluate.evaluate(judged, sampler, nfe, seed, flags, bits):
-            table.add(row)
+            table.add(row | {"calls": nfe})
             print(*[row[column] for column in shown], flush=True)
 
 
 def table(data: str) -> None:
     """Print means over seeds."""
-    budgets = [f"{n} steps, then corrected" for n in STEPS]
+    budgets = [f"{nfe} calls, then corrected" for nfe in NFE]
     common.print_header("noise", "seeds", "bits per token", *budgets)
     for kind in KINDS[data]:
         rows = [row for row in TABLES[data].rows() if is_of(row, run_name(data, kind))]
@@ -95,7 +94,7 @@ def table(data: str) -> None:
             continue
         bits = common.bits_by_run(rows)
         bits_cell = f"{np.mean(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})"
-        cells = [scores(data, common.select(rows, steps=n)) for n in STEPS]
+        cells = [scores(data, common.select(rows, calls=nfe)) for nfe in NFE]
         common.print_row([kind, str(len(bits)), bits_cell, *cells])
 
 

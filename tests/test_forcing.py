@@ -380,6 +380,26 @@ def test_rollouts_have_the_law_of_the_data(process, p_uniform, lag, rng):
     assert world.distance(final.x) < 0.02
 
 
+@pytest.mark.parametrize("vocab", [3, 17, 256])
+@pytest.mark.parametrize("process, p_uniform, low, high", [
+    ("mask", 0.0, 0.999, 1.001), ("hybrid", 0.05, 0.05, 0.13), ("hybrid", 0.2, 0.01, 0.05),
+    ("uniform", 0.0, 0.0, 0.003),
+])
+def test_what_is_learned_at_level_1(process, p_uniform, low, high, vocab, rng):
+    """Clamped to T_MAX, the bound's loss has this share of cross-entropy's gradient."""
+    noise = Noise(process, vocab, p_uniform)
+    x0 = torch.randint(vocab, (64,), generator=rng)
+    z = (x0 + 1) % vocab if process == "uniform" else torch.full_like(x0, vocab)
+    t = torch.full((64,), processes.T_MAX, dtype=torch.float64)
+    logits = torch.randn(64, vocab, generator=rng, dtype=torch.float64).requires_grad_()
+    weight = token_weights(x0, z, t, noise, "elbo")
+    loss = gidd_loss(logits, x0, z, t, weight, noise).sum()
+    ce = F.cross_entropy(logits, x0, reduction="sum")
+    grad, = torch.autograd.grad(loss, logits)
+    grad_of_ce, = torch.autograd.grad(ce, logits)
+    assert low <= grad.norm() / grad_of_ce.norm() <= high
+
+
 @pytest.mark.parametrize("sampler", ["rollout", "ancestral"])
 def test_a_run_is_sampled_on_its_process_levels(sampler, rng):
     """Hybrid noise falls on squares, in rollouts too: at 8 steps .03 from the law, where an even
