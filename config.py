@@ -61,6 +61,7 @@ class NetworkOptions:
     base_width: Positive = 512              # muP: the width at which each tensor trains at the lr
     base_head_dim: NotNegative = 0          # muP: head width at base_width; 0: the same everywhere
     causal: bool = False                    # videos: a frame sees itself and those before it
+    patch: Positive = 1                     # tokens per side of the patches that attention sees
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Config(
     # A run is resumed only with these unchanged; all others may change from start to start.
     FIXED: typing.ClassVar = (
         "method", "nets", "denoiser_process", "p_uniform", "process", "noise_granularity", "causal",
+        "patch",
         "data", "image_size", "grey_levels", "n_layer", "n_head", "n_embd", "base_width",
         "base_head_dim", "batch_size", "overfit", "overfit_noise", "seed",
     )

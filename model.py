@@ -28,19 +28,52 @@ class Shape:
     base_width: int         # the width at which the lr on the command line is each group's lr
     base_head_dim: int = 0  # head_dim at base_width; 0: the same at every width
     causal: bool = False    # a frame attends to itself and those before it
+    patch: int = 1          # the blocks see patches of so many tokens along rows and columns
 
     def __post_init__(self):
+        self.check_patch()
         if self.n_embd % self.n_head or self.head_dim % 2:
             raise ValueError(
                 f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads "
                 "of even width"
             )
-        if self.head_dim // 2 < len(used_axes(self.grid)):
+        if self.head_dim // 2 < len(used_axes(self.coarse_grid)):
             raise ValueError(
                 f"head width {self.head_dim} has too few pairs for the axes of grid {self.grid}"
             )
         if self.causal and not self.is_video:
             raise ValueError(f"causal needs a grid of frames, rows and columns, not {self.grid}")
+
+    def check_patch(self) -> None:
+        if self.patch == 1:
+            return
+        if len(self.grid) > 3 or any(n % p for n, p in zip(self.grid, self.patches, strict=True)):
+            raise ValueError(f"patch {self.patch} does not divide the axes of grid {self.grid}")
+        if self.n_embd % self.patch_size:
+            raise ValueError(
+                f"n_embd {self.n_embd} does not divide into the {self.patch_size} tokens of a patch"
+            )
+
+    @property
+    def patches(self) -> tuple[int, ...]:
+        """Tokens of a patch along each axis; frames are never merged."""
+        n_frame_axes = 1 if self.is_video else 0
+        sizes = [self.patch if n > 1 else 1 for n in self.grid[n_frame_axes:]]
+        return (*[1] * n_frame_axes, *sizes)
+
+    @property
+    def patch_size(self) -> int:
+        """Tokens of a patch."""
+        return math.prod(self.patches)
+
+    @property
+    def coarse_grid(self) -> tuple[int, ...]:
+        """Patches per axis."""
+        return tuple(n // p for n, p in zip(self.grid, self.patches, strict=True))
+
+    @property
+    def n_patches(self) -> int:
+        return math.prod(self.coarse_grid)
 
     @property
     def head_dim(self) -> int:
@@ -62,7 +95,7 @@ class Shape:
 
 def shape_of(config: dict[str, Any], meta: dict[str, Any]) -> Shape:
     """The shape of a run's networks, from its config and its data's meta."""
-    names = ["n_layer", "n_head", "n_embd", "base_width", "base_head_dim", "causal"]
+    names = ["n_layer", "n_head", "n_embd", "base_width", "base_head_dim", "causal", "patch"]
     sizes = {name: config[name] for name in names}
     return Shape(tuple(meta["grid"]), meta["vocab"], meta["n_classes"], **sizes)
 
@@ -120,7 +153,7 @@ class KVCache:
     """
 
     def __init__(self, shape: Shape):
-        self.frame_size = shape.frame_size
+        self.frame_size = shape.frame_size // shape.patch_size
         self.window = shape.grid[0]
         self.kept = [None] * shape.n_layer      # (k, v) of each layer
         self.n_kept = 0                         # frames
@@ -167,7 +200,7 @@ class Block(nn.Module):
         self.label_kv = nn.Linear(d, 2 * d, bias=False)
         self.out_proj = nn.Linear(6 * d, d, bias=False)
 
-    def forward(self, x, label_tokens, rope, kv_cache=None, layer=0):   # (B, N, D), (B, S, D)
+    def forward(self, x, label_tokens, rope, kv_cache=None, layer=0):   # (B, n, D), (B, S, D)
         (cos, sin), (cos_label, sin_label) = rope
         *qkvc, hidden = self.in_proj(norm(x)).split(self.widths, -1)
         q, k, v, cross_q = (rearrange(y, "b n (h d) -> b h n d", h=self.n_head) for y in qkvc)
@@ -195,7 +228,8 @@ class Transformer(nn.Module):
     at sites (B, K).
 
     x (B, N) int64 in [0, V], the mask being V;  t (B, 1) or (B, N), read if t_conditioned;  label
-    (B,) in [0, n_classes]
+    (B,) in [0, n_classes]. The blocks see n patches of p tokens, whose embeddings lie side by side;
+    one matrix leads back to tokens. n = N and p = 1 unless the shape says otherwise.
     """
 
     def __init__(self, shape: Shape, role: str, t_conditioned: bool = False):
@@ -204,14 +238,17 @@ class Transformer(nn.Module):
         self.role = role
         self.t_conditioned = t_conditioned
         d = shape.n_embd
-        n_positions = sum(shape.grid[1:]) if shape.is_video else shape.n_tokens
-        self.tok_emb = nn.Embedding(shape.vocab + 1, d)
+        d_token = d // shape.patch_size
+        coarse = shape.coarse_grid
+        n_positions = sum(coarse[1:]) if shape.is_video else shape.n_patches
+        self.tok_emb = nn.Embedding(shape.vocab + 1, d_token)
         self.label_emb = nn.Embedding(shape.n_classes + 1, N_LABEL_TOKENS * d)
         self.pos_emb = nn.Embedding(n_positions, d)  # RoPE alone cannot find the border
-        self.t_proj = nn.Linear(N_LEVEL_FEATURES, d, bias=False) if t_conditioned else None
+        self.t_proj = nn.Linear(N_LEVEL_FEATURES, d_token, bias=False) if t_conditioned else None
         self.blocks = nn.ModuleList([Block(shape) for _ in range(shape.n_layer)])
+        self.unpatch = nn.Linear(d, shape.patch_size * d, bias=False) if shape.patch > 1 else None
         self.head = nn.Linear(d, {"planner": 1, "denoiser": shape.vocab}[role], bias=False)
-        angles = rope_angles(shape.grid, shape.head_dim)
+        angles = rope_angles(coarse, shape.head_dim)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self.init_weights()
@@ -232,15 +269,15 @@ class Transformer(nn.Module):
     def hidden(
         self, x: Tensor, t: Tensor, label: Tensor, kv_cache: KVCache | None = None, n_keep: int = 0,
     ) -> Tensor:
-        """The last residual, normalised: what the head reads.  -> (B, N, D)
+        """What the head reads: the last residual, normalised.  -> (B, N, D)
 
         kv_cache: x are then frames that follow those it holds, and it keeps the first n_keep of
         them
         """
         n_frames = x.shape[1] // self.shape.frame_size  # 1 where the grid is no video
-        h = self.tok_emb(x) + self.positions(n_frames)                  # (B, N, D)
+        h = self.to_patches(self.tok_emb(x)) + self.positions(n_frames)         # (B, n, D)
         if self.t_conditioned:
-            h = h + self.t_proj(level_features(t))                      # (B, 1, D) or (B, N, D)
+            h = h + self.to_patches(self.t_proj(level_features(t)))     # (B, 1, D) or (B, n, D)
         label_tokens = self.label_emb(label).view(len(x), N_LABEL_TOKENS, self.shape.n_embd)
         label_tokens = norm(label_tokens)
         if self.shape.causal:
@@ -251,32 +288,56 @@ class Transformer(nn.Module):
             h = block(h, label_tokens, rope, kv_cache, layer)
         if kv_cache:
             kv_cache.n_kept += n_keep
-        return norm(h)
+        h = norm(h)
+        return h if self.unpatch is None else norm(self.to_tokens(self.unpatch(h)))
+
+    def to_patches(self, y: Tensor) -> Tensor:
+        """The tokens of each patch side by side; one level for all stands for each of them.
+
+        (B, N, D / p) -> (B, n, D), or (B, 1, D / p) -> (B, 1, D)
+        """
+        if self.unpatch is None:
+            return y
+        if y.shape[1] == 1:
+            return y.repeat(1, 1, self.shape.patch_size)
+        return rearrange(y, "b (f r pr c pc) d -> b (f r c) (pr pc d)", **self.patch_axes())
+
+    def to_tokens(self, y: Tensor) -> Tensor:
+        """Undo to_patches.  (B, n, p D) -> (B, N, D)"""
+        return rearrange(y, "b (f r c) (pr pc d) -> b (f r pr c pc) d", **self.patch_axes())
+
+    def patch_axes(self) -> dict[str, int]:
+        """Rows and columns of a frame's patches, and of a patch's tokens."""
+        (r, c), (pr, pc) = (
+            (1, *axes)[-2:] for axes in (self.shape.coarse_grid, self.shape.patches)
+        )
+        return dict(r=r, c=c, pr=pr, pc=pc)
 
     def positions(self, n_frames: int) -> Tensor:
         """Learned embeddings of positions; frames have none: motion is shift-invariant in time.  ->
-        (N, D)"""
+        (n, D)"""
         if not self.shape.is_video:
             return self.pos_emb.weight
-        rows, columns = self.pos_emb.weight.split(self.shape.grid[1:])
+        rows, columns = self.pos_emb.weight.split(self.shape.coarse_grid[1:])
         return (rows[:, None] + columns).flatten(0, 1).repeat(n_frames, 1)
 
     def rope(
         self, first: int, n_frames: int,
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Rotations of the tokens of some frames, for themselves and for the label.  -> (cos, sin),
-        (cos, sin)
+        """Rotations of the patches of some frames, for themselves and for the label.  -> (cos,
+        sin), (cos, sin)
 
-        The label sees each frame as the first, so that a window can slide. Each (N, head_dim / 2).
+        The label sees each frame as the first, so that a window can slide. Each (n, head_dim / 2).
         """
         if not self.shape.is_video:
             return (self.cos, self.sin), (self.cos, self.sin)
         cos, sin = self.cos, self.sin
         last = first + n_frames
-        if last > self.shape.grid[0]:  # frames past the training horizon
-            angles = rope_angles((last, *self.shape.grid[1:]), self.shape.head_dim).to(cos.device)
+        coarse = self.shape.coarse_grid
+        if last > coarse[0]:  # frames past the training horizon
+            angles = rope_angles((last, *coarse[1:]), self.shape.head_dim).to(cos.device)
             cos, sin = angles.cos(), angles.sin()
-        size = self.shape.frame_size
+        size = math.prod(coarse[1:])
         here = slice(first * size, last * size)
         at_first = self.cos[:size].repeat(n_frames, 1), self.sin[:size].repeat(n_frames, 1)
         return (cos[here], sin[here]), at_first
@@ -306,7 +367,7 @@ def level_features(t: Tensor) -> Tensor:
 
 
 MUP_KINDS = {
-    "in_proj": "matrix", "label_kv": "matrix", "out_proj": "matrix",
+    "in_proj": "matrix", "label_kv": "matrix", "out_proj": "matrix", "unpatch": "matrix",
     "tok_emb": "embedding", "label_emb": "embedding", "pos_emb": "embedding", "t_proj": "embedding",
     "head": "head",
 }

@@ -250,7 +250,7 @@ def check_size(where: str, saved: Any, shape: model.Shape) -> None:
     if n_blocks != shape.n_layer:
         raise ValueError(f"{where} has {n_blocks} blocks, n_layer is {shape.n_layer}")
     check_shapes(where, {"tok_emb.weight": saved.get("tok_emb.weight")},
-                 {"tok_emb.weight": (shape.vocab + 1, shape.n_embd)})
+                 {"tok_emb.weight": (shape.vocab + 1, shape.n_embd // shape.patch_size)})
 
 
 def check_shapes(where: str, saved: Any, shapes: dict[str, tuple[int, ...]]) -> None:

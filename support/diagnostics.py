@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 def time_block(block: model.Block, shape: model.Shape, batch: int, device: torch.device,
                autocast: torch.autocast) -> tuple[int, float]:
     """Run a block forward and backward.  -> bytes that autograd kept, but for weights; seconds"""
-    n = shape.n_tokens
+    n = shape.n_patches
     rope = [[torch.ones(n, shape.head_dim // 2, device=device)] * 2] * 2
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept = {}
@@ -63,7 +63,7 @@ def cost_of_step(
 ) -> Cost:
     """What a micro-step of batch_size sequences takes. One block is run for it on the spot."""
     shape = spec.shape
-    n, d = shape.n_tokens, shape.n_embd
+    n, d = shape.n_patches, shape.n_embd
     with torch.device("meta"):
         nets = methods.build(spec)
     n_params = sum(p.numel() for net in nets.values() for p in net.parameters())
@@ -82,8 +82,10 @@ def cost_of_step(
     logits = 0
     for net in nets.values():
         is_noise_only = net.role == "denoiser" and "planner" in nets           # half of the tokens
-        rows = batch_size * n // (2 if is_noise_only else 1)
+        rows = batch_size * shape.n_tokens // (2 if is_noise_only else 1)
         flops += 6 * rows * d * net.head.out_features
+        if net.unpatch is not None:
+            flops += 6 * batch_size * n * net.unpatch.weight.numel()
         n_logits = min(rows, chunk_size(net)) * net.head.out_features
         logits = max(logits, 3 * 4 * n_logits)          # logits, their log-softmax, its gradient
     kept = n_blocks * (kept_per_sequence * batch_size + (kept_by_one - kept_per_sequence))
@@ -165,7 +167,7 @@ def print_summary(
             "warning: a loss is the mean over the noise tokens of a micro-batch; under 4 sequences "
             "that weighs low noise levels up"
         )
-    if world.device.type == "cpu" and spec.shape.n_tokens * cfg.n_embd > 2**17:
+    if world.device.type == "cpu" and spec.shape.n_patches * cfg.n_embd > 2**17:
         print("warning: this setting takes hours on a CPU; configs/digits.py takes minutes")
     return losses
 

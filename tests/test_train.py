@@ -446,7 +446,10 @@ def bytes_of(run):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("n_embd", 32), ("n_layer", 2), ("image_size", 4), ("grey_levels", 5), ("seed", 1)],
+    [
+        ("n_embd", 32), ("n_layer", 2), ("patch", 2), ("image_size", 4), ("grey_levels", 5),
+        ("seed", 1),
+    ],
 )
 def test_another_shape_or_data_is_refused_by_name(copy, key, value):
     before = bytes_of(copy)
