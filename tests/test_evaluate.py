@@ -2,19 +2,23 @@
 
 import contextlib
 import csv
+import signal
+import subprocess
+import sys
+import time
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import script, tiny_config
+from conftest import ROOT, script, tiny_config
 from world import tiny_spec
 
 import evaluate
 import train_ddpd
 from diffusion import samplers
-from support import diagnostics
+from support import diagnostics, runtime
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,6 +233,33 @@ def test_finished_rows_are_not_drawn_again(runs):
         assert n_rows() == n_expected
         assert ("from evaluate.csv" in done.stdout) == is_read
         assert Path("out/a/evaluate.png").exists()
+
+
+def test_ctrl_c_keeps_what_is_finished(runs):
+    """No traceback, and a word on how to go on; the same command reads the finished rows."""
+    many = [str(nfe) for nfe in range(2, 400)]
+    command = [sys.executable, ROOT / "evaluate.py", "out/b", "--n-samples", "4", "--seeds", "77"]
+    process = subprocess.Popen(
+        [*command, "--nfe", *many], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+    def finished():
+        rows = runtime.read_rows("out/b/evaluate.csv")
+        return [row for row in rows if row["seed"] == "77"]
+
+    while len(finished()) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert said.strip().splitlines()[-1].endswith("the same command continues")
+    assert "Traceback" not in said
+    n_finished = len(finished())
+    assert 2 <= n_finished < len(many)
+    again = subprocess.run([*command, "--nfe", *many[:2]], capture_output=True, text=True)
+    assert again.stdout.count("from evaluate.csv") == 2
+    assert len(finished()) == n_finished
 
 
 def test_a_run_of_another_method_has_no_correction(runs):

@@ -653,6 +653,13 @@ def test_nan_ends_the_run_and_leaves_the_checkpoint(copy):
     assert bytes_of(copy) == before
 
 
+def test_micro_batches_of_few_sequences_are_warned_of(capsys):
+    """A mean over the noise tokens of one sequence weighs low noise levels up."""
+    for n, is_warned in [(1, True), (3, True), (4, False)]:
+        train_ddpd.main(tiny(f"few_{n}", "--batch-size", n, "--max-iters", 1))
+        assert ("under 4 sequences" in capsys.readouterr().out) == is_warned
+
+
 def test_a_width_that_its_heads_do_not_divide_is_refused():
     assert "n_embd 16" in refusal(train_ddpd.main, tiny("heads", "--n-head", 3))
 
