@@ -124,8 +124,10 @@ class LoggingOptions:
     """Logs, validations and checkpoints."""
     log_interval: Positive = 10             # iterations between lines of log.jsonl
     eval_interval: NotNegative = 250        # iterations between validations; 0: only the last
-    eval_sequences: Positive = 512          # held-out sequences in a validation, one draw of noise
-    eval_samples: NotNegative = 10          # pictures drawn in a validation, in 32 steps; 0: none
+    # held-out sequences in a validation, one draw of noise; 0: 512, or so many that validating
+    # takes a tenth of the training since the one before
+    eval_sequences: NotNegative = 0
+    eval_samples: NotNegative = 10          # pictures drawn in a validation, at most; 0: none
     save_interval: NotNegative = 250        # iterations between checkpoints; 0: only the last
     wandb_project: str = ""                 # Weights & Biases project; "": off
     wandb_entity: str = ""                  # its owner; "": your default

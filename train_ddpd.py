@@ -195,6 +195,7 @@ def train(
     batches = Batches(cfg, spec, splits["train"], n_groups)
     meter = LossMeter(cfg.out_dir, list(training.nets), world)
     clock = Clock(training.it, n_groups * cfg.batch_size * spec.shape.n_tokens)
+    validated_s = 0.0                                   # seconds of training at the last validation
     bar = tqdm(
         total=cfg.max_iters, initial=training.it, disable=not world.is_main, dynamic_ncols=True,
         unit="it", mininterval=1,
@@ -228,11 +229,14 @@ def train(
             bar.close()
             leave(cfg, signal, training.it, log, world)
         if is_last or is_due(training.it, cfg.eval_interval):
+            train_s = clock.seconds() - validated_s
+            validated_s = clock.seconds()
             with clock.paused(), runtime.main_alone(world) as is_mine:
                 if is_mine:
                     with stop.interrupting():
                         bar.write(validate_and_log(
-                            cfg, spec, training.ema, splits["val"], training.it, log, world.device
+                            cfg, spec, training.ema, splits["val"], training.it, log, world.device,
+                            train_s,
                         ))
     bar.close()
     if signal := stop.requested():

@@ -69,6 +69,10 @@ class Clock:
         self.train_s += now - then
         return (it - then_it) * self.tokens_per_it / (now - then)
 
+    def seconds(self) -> float:
+        """Of training, up to now."""
+        return self.train_s + time.perf_counter() - self.last[0]
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()

@@ -1,8 +1,9 @@
 """Validation: losses of the averaged networks on fixed noise, bits per token, and a few samples."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from support.chunked_head import hidden_at_sites, map_logits
 
 N_BINS = 10                 # of noise level
 BATCH = 64                  # sequences at once
+SIZES = (512, 256, 128, 64, 32, 16, 8)      # sequences of a validation, by what it may cost
+PROBES = (8, 64)            # sequences of what is measured for it
+BUDGET = 0.1                # of the training since the validation before
 N_STEPS = 32                # of the pictures' sampler
 N_STEPS_PER_FRAME = 8       # for videos
 
@@ -26,12 +30,44 @@ METRIC_NAMES = {
 }
 
 
+class Size(NamedTuple):
+    """How much a validation looks at."""
+    n_sequences: int
+    n_pictures: int
+
+
+def size_within(
+    seconds: float, cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable],
+    split: data.Split, device: torch.device,
+) -> Size:
+    """What fits into so many seconds, half of them for pictures.
+
+    Measured by validations of a few sequences, the second of more if it may, since the first also
+    loads and compiles. A sequence costs about two passes of each network, a picture one in each
+    step of its sampler.
+    """
+    if cfg.eval_sequences:
+        return Size(cfg.eval_sequences, cfg.eval_samples)
+    for n in PROBES:
+        began = time.perf_counter()
+        validate(cfg, spec, nets, split, device, n)
+        taken = time.perf_counter() - began
+        per_sequence = taken / n
+        if taken > seconds * PROBES[0] / PROBES[1]:
+            break
+    n_steps = N_STEPS_PER_FRAME * spec.n_frames if spec.is_video else N_STEPS
+    n_sequences = next((n for n in SIZES if n * per_sequence <= seconds / 2), SIZES[-1])
+    left = seconds - n_sequences * per_sequence
+    n_pictures = max(1, int(left / (per_sequence * n_steps / 2)))
+    return Size(n_sequences, min(cfg.eval_samples, n_pictures))
+
+
 @torch.no_grad()
 def validate(cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split,
-             device: torch.device) -> dict[str, Any]:
+             device: torch.device, n_sequences: int) -> dict[str, Any]:
     """Losses over all noise levels and per bin of level, and bits per token.  -> {metric: value or
     list}"""
-    n = split.whole_repeats(cfg.eval_sequences)
+    n = split.whole_repeats(n_sequences)
     n_distinct = min(n, len(split))
     rng = runtime.generator("validation")  # the same draws for every seed
     x0, label = (torch.from_numpy(y) for y in split.spread_subset(n))
@@ -104,32 +140,35 @@ def auroc(is_noise: Tensor, score: Tensor) -> float | None:
 
 def validate_and_log(
     cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
-    log: runtime.Log, device: torch.device,
+    log: runtime.Log, device: torch.device, train_s: float,
 ) -> str:
-    """-> the scores in one line"""
-    scores = validate(cfg, spec, nets, split, device)
-    log.write(it, **scores)
-    if cfg.eval_samples:
+    """Within BUDGET of train_s, the seconds of training before it.  -> the scores in one line"""
+    began = time.perf_counter()
+    size = size_within(BUDGET * train_s, cfg, spec, nets, split, device)
+    scores = validate(cfg, spec, nets, split, device, size.n_sequences)
+    seconds = round(time.perf_counter() - began, 2)
+    log.write(it, **scores, val_sequences=size.n_sequences, val_s=seconds)
+    if size.n_pictures:
         with log.never_fatal("samples.png"):
-            draw_samples(cfg, spec, nets, split, it, log, device)
+            draw_samples(cfg, spec, nets, split, it, log, device, size.n_pictures)
     words = [
         f"{key.removeprefix('val_')} {value and round(value, 4)}"
         for key, value in scores.items()
         if not key.endswith(("_bins", "_se"))
     ]
-    return f"{it:>6}: " + ", ".join(words)
+    return f"{it:>6}: " + ", ".join([*words, f"{size.n_sequences} sequences, {seconds} s"])
 
 
 @torch.no_grad()
 def draw_samples(
     cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
-    log: runtime.Log, device: torch.device,
+    log: runtime.Log, device: torch.device, n: int,
 ) -> None:
-    """samples.png of a few samples, classes in turn, by the method's first sampler; with its video
+    """samples.png of n samples, classes in turn, by the method's first sampler; with its video
     for wandb."""
-    label = torch.arange(cfg.eval_samples, device=device) % max(1, spec.n_classes)
+    label = torch.arange(n, device=device) % max(1, spec.n_classes)
     real, real_label = (
-        torch.from_numpy(y).to(device) for y in split.spread_subset(cfg.eval_samples)
+        torch.from_numpy(y).to(device) for y in split.spread_subset(n)
     )
     known = data.context_mask(spec.meta, real, cfg.context_frames)
     if known is not None:

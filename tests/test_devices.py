@@ -357,9 +357,9 @@ def test_validation_in_chunks(runs, device, monkeypatch):
     cfg = tiny_config("pair")
     spec, splits = open_data(cfg)
     nets = nets_on(device, spec)
-    whole = validate(cfg, spec, nets, splits["val"], device)
+    whole = validate(cfg, spec, nets, splits["val"], device, cfg.eval_sequences)
     monkeypatch.setattr(chunked_head, "LOGITS_PER_CHUNK", 2000)
-    in_chunks = validate(cfg, spec, nets, splits["val"], device)
+    in_chunks = validate(cfg, spec, nets, splits["val"], device, cfg.eval_sequences)
     assert in_chunks["val_planner_bce"] == pytest.approx(whole["val_planner_bce"], abs=1e-4)
     assert in_chunks["val_denoiser_ce"] == pytest.approx(whole["val_denoiser_ce"], abs=1e-4)
 

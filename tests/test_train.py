@@ -206,9 +206,30 @@ def test_validation_weighs_sequences_alike(monkeypatch):
 
     monkeypatch.setattr(methods, "make_tasks", spy)
     nets = methods.build(spec)
-    validate.validate(cfg, spec, nets, splits["val"], torch.device("cpu"))
+    validate.validate(cfg, spec, nets, splits["val"], torch.device("cpu"), cfg.eval_sequences)
     assert len(seen) == 2 * n_val
     assert all(n % 2 == 0 for n in Counter(seen).values())
+
+
+@pytest.mark.parametrize("seconds, size", [
+    (103.0, (512, 10)), (102.0, (256, 10)), (2.9, (8, 10)), (1.3, (8, 2)), (0.0, (8, 1)),
+])
+def test_a_validation_costs_what_it_may(seconds, size, monkeypatch):
+    """As many sequences as fit into a half, and pictures into the rest; always the least of both.
+    Here a sequence takes .1 s, and a picture twice that."""
+    now = [0.0]
+    monkeypatch.setattr(validate.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(validate, "N_STEPS", 4)
+
+    def spend(cfg, spec, nets, split, device, n):
+        now[0] += 0.1 * n
+
+    monkeypatch.setattr(validate, "validate", spend)
+    spec = methods.spec_of(asdict(tiny("budget")), dict(grid=[4], vocab=3, n_classes=0, given=[]))
+    cfg = replace(tiny("budget"), eval_sequences=0, eval_samples=10)
+    assert validate.size_within(seconds, cfg, spec, {}, None, None) == size
+    cfg = replace(cfg, eval_sequences=77)
+    assert validate.size_within(seconds, cfg, spec, {}, None, None) == (77, 10)
 
 
 def test_sequences_known_by_heart_reach_their_floor(capsys):
