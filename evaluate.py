@@ -224,12 +224,15 @@ def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
         )
     n_calls = nfe // calls
     if row == "remdm" or (row == "ancestral" and spec.noise.only_masks):
-        return n_steps_of_unmasking(row, n_calls, judged.n_unknown(flags), flags)
+        process = spec.noise.process
+        return n_steps_of_unmasking(row, process, n_calls, judged.n_unknown(flags), flags)
     return n_calls
 
 
 @functools.cache
-def n_steps_of_unmasking(row: str, n_calls: int, n_tokens: int, flags: Flags) -> int:
+def n_steps_of_unmasking(
+    row: str, process: str, n_calls: int, n_tokens: int, flags: Flags,
+) -> int:
     """Steps in which a sampler that uncovers masks makes n_calls on average, as far as it can.
 
     A step in which a sequence uncovers no token costs it nothing. Counted with a denoiser that
@@ -240,7 +243,7 @@ def n_steps_of_unmasking(row: str, n_calls: int, n_tokens: int, flags: Flags) ->
         options = {name: value for name, value in options.items() if value is not None}
         sampler = functools.partial(samplers.remdm, **options)
     else:
-        sampler = functools.partial(samplers.ancestral, process="mask")
+        sampler = functools.partial(samplers.ancestral, process=process, p_uniform=0.0)
 
     def denoiser(x, t, label, sites):
         return torch.zeros(*sites.shape, 2)

@@ -53,10 +53,17 @@ def mean(rows: Rows, column: str) -> float:
     return np.mean(values) if values else np.nan
 
 
-def bits_by_run(rows: Rows) -> list[float]:
-    """Bits per token of each run that occurs in the rows."""
+def describe_bits(rows: Rows) -> str:
+    """Bits per token: mean over runs, the error that they share, and their range.
+
+    All runs are judged on the same sequences and noise, so the error does not shrink with their
+    number.
+    """
     bits = {row["run"]: float(row["bits_per_token"]) for row in rows}
-    return list(bits.values())
+    values = list(bits.values())
+    error = mean(rows, "bits_se")
+    low, high = min(values), max(values)
+    return f"{np.mean(values):.3f} +- {error:.3f} ({low:.3f} to {high:.3f})"
 
 
 def print_row(cells: Iterable[str]) -> None:

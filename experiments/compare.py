@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import common
-import numpy as np
 
 import evaluate
 from support import runtime
@@ -34,6 +33,7 @@ SEEDS = [0, 1, 2]
 NFE = (8, 16, 32, 64)
 N_SAMPLES = 500
 QUALITY = {"judge_acc": "judge accuracy", "frechet": "Frechet distance"}
+FRECHET_TICKS = (0.15, 0.2, 0.3, 0.4, 0.6)
 TABLE = common.Table("compare.csv")
 
 
@@ -99,6 +99,8 @@ def table() -> None:
     for panel in panels:
         common.set_ticks(panel, NFE)
     panels[1].set_yscale("log")
+    panels[1].set_yticks(FRECHET_TICKS, FRECHET_TICKS)
+    panels[1].minorticks_off()
     common.outside_legend(figure, panels[0])
     common.save_figure(figure, "compare.png")
     for method in CONFIGS:
@@ -126,11 +128,8 @@ def draw_sampler(panels, method: str, sampler: str, by_nfe: list[common.Rows], c
 
 
 def print_bits(method: str) -> None:
-    """Mean and range over seeds of the bits per token."""
-    bits = common.bits_by_run(rows_of(method))
-    if bits:
-        seeds = f"{len(bits)} seeds, {min(bits):.3f} to {max(bits):.3f}"
-        print(f"{method}: {np.mean(bits):.3f} bits per token ({seeds})")
+    if rows := rows_of(method):
+        print(f"{method}: {common.describe_bits(rows)} bits per token")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Finished runs and rows are skipped, so the same command resumes.
 import sys
 
 import common
-import numpy as np
 
 import evaluate
 from support import runtime
@@ -92,10 +91,9 @@ def table(data: str) -> None:
         rows = [row for row in TABLES[data].rows() if is_of(row, run_name(data, kind))]
         if not rows:
             continue
-        bits = common.bits_by_run(rows)
-        bits_cell = f"{np.mean(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})"
+        n_seeds = len({row["run"] for row in rows})
         cells = [scores(data, common.select(rows, calls=nfe)) for nfe in NFE]
-        common.print_row([kind, str(len(bits)), bits_cell, *cells])
+        common.print_row([kind, str(n_seeds), common.describe_bits(rows), *cells])
 
 
 def is_of(row: dict[str, str], run: str) -> bool:

@@ -75,21 +75,24 @@ def test_steps_for_a_number_of_calls(row, method, nfe, steps):
     assert evaluate.n_steps_of(row, judged_stub(tiny_spec(method)), nfe, flags_of()) == steps
 
 
-@pytest.mark.parametrize("row", ["ancestral", "remdm"])
+@pytest.mark.parametrize("row, method, options", [
+    ("ancestral", "ddpd-mask", dict(process="mask")), ("remdm", "ddpd-mask", {}),
+    ("ancestral", "gidd", dict(process="hybrid", p_uniform=0.0)),       # masks only, on squares
+])
 @pytest.mark.parametrize("nfe", [4, 12])
-def test_a_sampler_of_masks_makes_the_calls_that_it_may(row, nfe, rng):
+def test_a_sampler_of_masks_makes_the_calls_that_it_may(row, method, options, nfe, rng):
     """Steps in which nothing is uncovered cost nothing, so there are more of them than calls."""
-    judged = judged_stub(tiny_spec("ddpd-mask"))                        # 16 tokens
+    flags = dict(p_uniform=0.0) if method == "gidd" else {}
+    judged = judged_stub(tiny_spec(method, **flags))                    # 16 tokens
     n_steps = evaluate.n_steps_of(row, judged, nfe, flags_of())
     assert n_steps > nfe or nfe == 4
-    options = dict(n_steps=n_steps, generator=rng, vocab=7)
-    options |= dict(process="mask") if row == "ancestral" else {}
-    x = torch.full((500, 16), 7)
-    label = torch.zeros(500).long()
 
     def denoiser(x, t, label, sites):
         return torch.zeros(*sites.shape, 7)
 
+    x = torch.full((500, 16), 7)
+    label = torch.zeros(500).long()
+    options = options | dict(n_steps=n_steps, generator=rng, vocab=7)
     states = getattr(samplers, row)(denoiser, x, label, **options)
     assert samplers.last(states).nfe.double().mean().item() == pytest.approx(nfe, abs=0.7)
 
