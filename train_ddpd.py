@@ -10,7 +10,6 @@ import config
 if __name__ == "__main__":
     cfg = config.load()  # before torch: --help and typos answer at once
 
-import math
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -30,11 +29,13 @@ from support.meters import Clock, LossMeter
 from support.training import (
     Training,
     build_training,
+    lr_factor,
     make_folder,
     open_data,
     open_run,
     save,
     stated_meta,
+    update_weights,
 )
 from support.validate import validate_and_log
 
@@ -78,31 +79,6 @@ class Batches:
             label = objectives.drop_labels(label, self.spec.n_classes, cfg.label_dropout, rng)
         known = data.known_mask(self.spec.meta, x0)
         return methods.make_tasks(self.spec, x0, label, known, rng)
-
-
-def lr_factor(it: int, cfg: config.Config) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    if it < cfg.warmup_iters:
-        return (it + 1) / cfg.warmup_iters
-    progress = min(1.0, (it - cfg.warmup_iters) / max(1, cfg.decay_iters - cfg.warmup_iters))
-    return 0.55 + 0.45 * math.cos(math.pi * progress)
-
-
-def update_weights(cfg: config.Config, training: Training) -> None:
-    """One optimizer step of every network, and of its average."""
-    warmup_decay = (1 + training.it) / (10 + training.it)       # early averages forget the start
-    decay = min(cfg.ema_decay, warmup_decay)
-    for name, net in training.nets.items():
-        optimizer = training.optimizers[name]
-        for group in optimizer.param_groups:
-            group["lr"] = training.lrs[name] * group["lr_scale"] * lr_factor(training.it, cfg)
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            averages = list(training.ema[name].parameters())
-            torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
 
 
 # The run

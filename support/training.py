@@ -1,12 +1,14 @@
 """A run in training: its data, its folder, its networks, averages and optimizers."""
 
 import copy
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import config
 import data
@@ -157,6 +159,31 @@ def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> 
     for name in nets:
         nets[name].load_state_dict(other["ema"][name])
         ema[name].load_state_dict(other["ema"][name])
+
+
+def lr_factor(it: int, cfg: config.Config) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if it < cfg.warmup_iters:
+        return (it + 1) / cfg.warmup_iters
+    progress = min(1.0, (it - cfg.warmup_iters) / max(1, cfg.decay_iters - cfg.warmup_iters))
+    return 0.55 + 0.45 * math.cos(math.pi * progress)
+
+
+def update_weights(cfg: config.Config, training: Training) -> None:
+    """One optimizer step of every network, and of its average."""
+    warmup_decay = (1 + training.it) / (10 + training.it)       # early averages forget the start
+    decay = min(cfg.ema_decay, warmup_decay)
+    for name, net in training.nets.items():
+        optimizer = training.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = training.lrs[name] * group["lr_scale"] * lr_factor(training.it, cfg)
+        if cfg.grad_clip:
+            nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            averages = list(training.ema[name].parameters())
+            torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
 
 
 def save(cfg: config.Config, spec: methods.Spec, training: Training, world: runtime.World) -> bool:

@@ -20,7 +20,7 @@ import sample
 
 # Modules and their imports
 
-SCRIPTS = {"train_ddpd", "sample", "evaluate"}
+SCRIPTS = {"train_ddpd", "sample", "evaluate", "bench"}
 TOP_LEVEL = {"config", "model", "data", "methods"} | SCRIPTS
 DIFFUSION = {
     f"diffusion.{name}"

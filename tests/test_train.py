@@ -172,12 +172,12 @@ def test_the_average_follows_the_weights():
 def test_learning_rate_schedule():
     """Linear up over the warm-up, a cosine down to a tenth at lr_decay_iters, flat from there."""
     cfg = replace(tiny("lr"), warmup_iters=10, lr_decay_iters=110, max_iters=200)
-    factors = [train_ddpd.lr_factor(it, cfg) for it in range(200)]
+    factors = [training.lr_factor(it, cfg) for it in range(200)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[60] == pytest.approx(0.55)
     assert factors[110:] == pytest.approx([0.1] * 90)
     until_the_end = replace(cfg, lr_decay_iters=0)
-    assert train_ddpd.lr_factor(200, until_the_end) == pytest.approx(0.1)
+    assert training.lr_factor(200, until_the_end) == pytest.approx(0.1)
 
 
 def test_validation_is_the_loss_of_the_averaged_networks():
