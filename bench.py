@@ -1,7 +1,7 @@
 """Times a step of training, or of the sampler, beside a checkout of minDDPD in the same settings.
 
-python bench.py train --patches 1 2 [--peer FOLDER]
-python bench.py sample --patches 1 2 --batch-size 10 [--peer FOLDER]
+python bench.py train --patches 1 2
+python bench.py sample --patches 1 2 --batch-size 10 --peer FOLDER
 Each side runs in a process of its own, in turns: ratios hold on a busy machine, seconds do not.
 """
 

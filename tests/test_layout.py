@@ -13,6 +13,7 @@ from dataclasses import fields
 import pytest
 from conftest import ROOT
 
+import bench
 import config
 import data
 import evaluate
@@ -261,6 +262,7 @@ FLAG_CLASSES = {
     "sample.py": sample.Flags,
     "evaluate.py": evaluate.Flags,
     "data.py": data.Make,
+    "bench.py": bench.Flags,
 }
 TORCHRUN_FLAGS = {"--max-restarts"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
