@@ -56,7 +56,7 @@ from tqdm import tqdm
 import data
 import methods
 from diffusion import forcing, samplers
-from support import diagnostics, metrics, render, runtime
+from support import diagnostics, logs, metrics, render, runtime
 from support.checkpoint import load_run
 
 N_BITS = 2048               # sequences behind bits per token, at least
@@ -325,7 +325,7 @@ def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> 
 
 def finished_rows(path: Path, settings: str) -> list[dict[str, Any]]:
     """Rows of a CSV that were drawn with these settings, numbers as numbers."""
-    rows = [row for row in runtime.read_rows(path) if row.get("settings") == settings]
+    rows = [row for row in logs.read_rows(path) if row.get("settings") == settings]
     return [{key: as_number(value) for key, value in row.items() if value} for row in rows]
 
 
@@ -399,7 +399,7 @@ def write_frames(path: Path, row: dict[str, Any], per_frame: dict[str, np.ndarra
     for frame in range(len(next(iter(per_frame.values())))):
         values = {name: round(float(value[frame]), 4) for name, value in per_frame.items()}
         rows.append({key: row[key] for key in FRAME_KEYS} | dict(frame=frame) | values)
-    runtime.append_rows(path, *rows)
+    logs.append_rows(path, *rows)
 
 
 def write_images(judged: Judged, name: str, tokens: np.ndarray, decoder, batch_size: int) -> None:
@@ -551,7 +551,7 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
             rows.append(
                 dict(run=str(folder), sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a")
             )
-            runtime.append_rows(folder / "evaluate.csv", rows[-1])
+            logs.append_rows(folder / "evaluate.csv", rows[-1])
             print(f"  {name}: n/a for a {spec.name} run")
             continue
         for nfe in budgets:
@@ -571,7 +571,7 @@ def rows_of(
     if not is_finished:
         with runtime.one_line_errors(ValueError):
             rows = evaluate(judged, name, nfe, seed, flags, bits, decoder)
-        runtime.append_rows(path, *rows)
+        logs.append_rows(path, *rows)
     for row in rows:
         print(
             f"  {row['sampler']:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, "

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import methods
 from diffusion import objectives
-from support import checkpoint, diagnostics, runtime
+from support import checkpoint, diagnostics, logs, runtime
 from support.chunked_head import task_loss
 from support.meters import Clock, LossMeter
 from support.training import (
@@ -136,7 +136,7 @@ def open_and_train(
             print(f"{cfg.out_dir} is finished: {it} iterations. Raise --max-iters to continue.")
         return
     training = build_training(cfg, spec, state, world.device)
-    log = runtime.Log(cfg.out_dir, cfg, world)
+    log = logs.Log(cfg.out_dir, cfg, world)
     if world.is_main:
         known_losses = diagnostics.print_summary(cfg, spec, splits["train"], training.nets, world)
         log.write(
@@ -156,7 +156,7 @@ def open_and_train(
 
 def train(
     cfg: config.Config, spec: methods.Spec, splits: dict[str, data.Split], training: Training,
-    log: runtime.Log, stop: runtime.Stop, world: runtime.World,
+    log: logs.Log, stop: runtime.Stop, world: runtime.World,
 ) -> float:
     """All iterations that are left.  -> seconds of training"""
     learner = Losses(training.nets)
@@ -221,7 +221,7 @@ def train(
 
 
 def leave(
-    cfg: config.Config, signal: int, it: int, log: runtime.Log, world: runtime.World,
+    cfg: config.Config, signal: int, it: int, log: logs.Log, world: runtime.World,
 ) -> None:
     if world.is_main:
         is_finished = it >= cfg.max_iters
@@ -237,7 +237,7 @@ def is_due(it: int, interval: int) -> bool:
 
 
 def log_losses(
-    cfg: config.Config, it: int, meter: LossMeter, clock: Clock, log: runtime.Log,
+    cfg: config.Config, it: int, meter: LossMeter, clock: Clock, log: logs.Log,
 ) -> str:
     """A line of log.jsonl.  -> the same in words"""
     means = meter.mean()

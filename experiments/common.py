@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import config
 import train_ddpd
-from support import runtime
+from support import logs
 
 Rows = list[dict[str, str]]
 
@@ -31,14 +31,14 @@ class Table:
         self.path = ASSETS / name
 
     def rows(self) -> Rows:
-        return runtime.read_rows(self.path)
+        return logs.read_rows(self.path)
 
     def has(self, **key) -> bool:
         """Is there a row with these values?"""
         return bool(select(self.rows(), **key))
 
     def add(self, row: dict) -> None:
-        runtime.append_rows(self.path, row)
+        logs.append_rows(self.path, row)
 
 
 def select(rows: Rows, **key) -> Rows:

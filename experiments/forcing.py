@@ -23,7 +23,7 @@ import torch
 
 import evaluate
 from diffusion.processes import Noise, flip_rate_to_level
-from support import runtime
+from support import logs, runtime
 
 # (config, seed) of each run, in the order of the tables
 RUNS = {
@@ -294,7 +294,7 @@ def bounce_lines(column: str) -> list[Line]:
         rows = []
         for of_run, seed in RUNS["bounce"]:
             if of_run == name:
-                rows += runtime.read_rows(Path(run_folder(name, seed)) / "frames.csv")
+                rows += logs.read_rows(Path(run_folder(name, seed)) / "frames.csv")
         rows = common.select(rows, n=N_FAR)
         frames = sorted({int(row["frame"]) for row in rows})
         for level in STABILIZATION[name]:

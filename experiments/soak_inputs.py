@@ -34,7 +34,7 @@ import methods
 import sample
 import train_ddpd
 from sources import mnist
-from support import checkpoint, runtime, training
+from support import checkpoint, logs, runtime, training
 
 sys.path.insert(0, str(common.ROOT / "tests"))
 
@@ -148,7 +148,7 @@ def make_originals() -> dict[str, Path]:
     (folder / "config.py").write_text((common.ROOT / "configs/text_gidd.py").read_text())
     tokens = np.ones((2, 8, 8), np.int64)
     np.savez(folder / "known.npz", tokens=tokens, mask=tokens > 0, labels=[1, 2])
-    runtime.append_rows(folder / "rows.csv", dict(run="a", nfe=3.5, settings="{}"), dict(run="b"))
+    logs.append_rows(folder / "rows.csv", dict(run="a", nfe=3.5, settings="{}"), dict(run="b"))
     for name, array in mnist_arrays().items():
         header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
         with gzip.open(folder / f"{name}.gz", "wb") as file:
@@ -201,7 +201,7 @@ def reader_of(name: str, path: Path) -> tuple[Callable, tuple]:
     if name == "config.py":
         return config.load, (config.Config, [str(path)])
     if name == "rows.csv":
-        return runtime.append_rows, (path, dict(run="c", nfe=1))
+        return logs.append_rows, (path, dict(run="c", nfe=1))
     meta = json.loads((WORK / "good/data/meta.json").read_text())
     return sample.load_known_tokens, (str(path), meta, [])
 

@@ -12,7 +12,7 @@ import config
 import data
 import methods
 from diffusion import objectives
-from support import render, runtime
+from support import logs, render, runtime
 from support.chunked_head import hidden_at_sites, map_logits
 
 N_BINS = 10                 # of noise level
@@ -140,7 +140,7 @@ def auroc(is_noise: Tensor, score: Tensor) -> float | None:
 
 def validate_and_log(
     cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
-    log: runtime.Log, device: torch.device, train_s: float,
+    log: logs.Log, device: torch.device, train_s: float,
 ) -> str:
     """Within BUDGET of train_s, the seconds of training before it.  -> the scores in one line"""
     began = time.perf_counter()
@@ -162,7 +162,7 @@ def validate_and_log(
 @torch.no_grad()
 def draw_samples(
     cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
-    log: runtime.Log, device: torch.device, n: int,
+    log: logs.Log, device: torch.device, n: int,
 ) -> None:
     """samples.png of n samples, classes in turn, by the method's first sampler; with its video
     for wandb."""

@@ -18,7 +18,7 @@ from world import tiny_spec
 import evaluate
 import train_ddpd
 from diffusion import samplers
-from support import diagnostics, runtime
+from support import diagnostics, logs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -247,7 +247,7 @@ def test_ctrl_c_keeps_what_is_finished(runs):
     )
 
     def finished():
-        rows = runtime.read_rows("out/b/evaluate.csv")
+        rows = logs.read_rows("out/b/evaluate.csv")
         return [row for row in rows if row["seed"] == "77"]
 
     while len(finished()) < 2:

@@ -30,7 +30,7 @@ DIFFUSION = {
 SUPPORT = {
     f"support.{name}"
     for name in """
-        runtime checkpoint training meters validate chunked_head metrics render diagnostics
+        runtime logs checkpoint training meters validate chunked_head metrics render diagnostics
     """.split()
 }
 BY_THEMSELVES = {

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from conftest import ROOT, TINY
 from test_train import ONE_THREAD, checkpoint_of, torchrun, wait_for_lines
 
-from support import runtime
+from support import logs, runtime
 
 
 def is_alive(pid):
@@ -180,18 +180,18 @@ def test_programming_errors_keep_their_traceback():
 def test_a_torn_row_is_left_out_and_overwritten():
     """A kill in the middle of a write, by an older version: the whole rows stay."""
     path = Path("rows.csv")
-    runtime.append_rows(path, dict(a=1, b="x,y"), dict(a=2, b="z"))
+    logs.append_rows(path, dict(a=1, b="x,y"), dict(a=2, b="z"))
     path.write_text(path.read_text() + "3")
-    assert [row["a"] for row in runtime.read_rows(path)] == ["1", "2"]
-    runtime.append_rows(path, dict(a=4, b="", c=5))
-    assert runtime.read_rows(path) == [
+    assert [row["a"] for row in logs.read_rows(path)] == ["1", "2"]
+    logs.append_rows(path, dict(a=4, b="", c=5))
+    assert logs.read_rows(path) == [
         dict(a="1", b="x,y", c=""), dict(a="2", b="z", c=""), dict(a="4", b="", c="5"),
     ]
 
 
 def test_rows_are_written_whole_or_not_at_all(monkeypatch):
     path = Path("whole.csv")
-    runtime.append_rows(path, dict(a=1))
+    logs.append_rows(path, dict(a=1))
     before = path.read_text()
 
     def fail(descriptor):
@@ -199,5 +199,5 @@ def test_rows_are_written_whole_or_not_at_all(monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(SystemExit, match="No space left"):
-        runtime.append_rows(path, dict(a=2))
+        logs.append_rows(path, dict(a=2))
     assert path.read_text() == before
