@@ -223,7 +223,8 @@ def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
             f"--nfe {nfe} is too small for {row}: a step of it takes {calls} network calls"
         )
     n_calls = nfe // calls
-    if row == "remdm" or (row == "ancestral" and spec.noise.only_masks):
+    is_unmasking = spec.noise.only_masks and not spec.method.has_own_levels
+    if row == "remdm" or (row == "ancestral" and is_unmasking):
         process = spec.noise.process
         return n_steps_of_unmasking(row, process, n_calls, judged.n_unknown(flags), flags)
     return n_calls

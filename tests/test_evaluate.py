@@ -97,6 +97,12 @@ def test_a_sampler_of_masks_makes_the_calls_that_it_may(row, method, options, nf
     assert samplers.last(states).nfe.double().mean().item() == pytest.approx(nfe, abs=0.7)
 
 
+def test_rollouts_of_masks_pay_for_every_step():
+    judged = judged_stub(tiny_spec("forcing", process="mask", noise_granularity="token"))
+    for row in ("rollout", "ancestral"):
+        assert evaluate.n_steps_of(row, judged, 12, flags_of()) == 12
+
+
 def test_guidance_takes_more_calls():
     """Guidance of the denoiser takes one more call in a step, guidance of the planner another."""
     judged = judged_stub(tiny_spec("ddpd-mask"))
