@@ -182,7 +182,7 @@ def test_known_files_that_do_not_fit_are_refused(arrays, said):
     "args, said",
     [
         (["sample.py", "out/digits", "--labels", "12"], "--labels 12: out/digits knows 0 to 9"),
-        (["sample.py", "out/digits", "--seed", "-1"], "seed is -1; it must not be negative"),
+        (["sample.py", "out/digits", "--seed", "-1"], "seed is -1; it must lie in [0, 4294967295]"),
         (["sample.py", "out/nothing"], "no run in out/nothing"),
         (["sample.py", "out/digits", "--top-p", "0"], "top_p is 0.0"),
         (["sample.py", "out/digits", "--n-steps", "0"], "n_steps is 0"),
