@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from support.attention import attend
+
 ROPE_BASE = 100.0           # slowest wavelength 2 pi * 100 positions: longer than any axis here
 N_LABEL_TOKENS = 4          # tokens per class label, read by cross-attention
 N_LEVEL_FEATURES = 32
 EMBED_STD = 0.5  # of tokens, positions, labels and level features: the same at every width
-SHORT_KEYS = 512            # up to so many keys a CPU is faster with plain matrix products
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T scale) v, head by head.  q (B, H, N, d), k and v (B, H, S, d)  ->  (B, H, N, d)
-
-    Short sequences on a CPU go through plain matrix products: 0.6 of the fused kernel's time in a
-    step of digits.
-    """
-    if q.device.type == "cpu" and k.shape[2] <= SHORT_KEYS:
-        return (q * scale @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 class KVCache:
