@@ -78,22 +78,20 @@ def our_step(settings: dict, patch: int) -> Callable[[], None]:
 
 def train_ours(cfg, spec, label, device) -> Callable[[], None]:
     import methods
+    import train_ddpd
     from support import runtime, training
-    from support.chunked_head import task_loss
 
     state = training.build_training(cfg, spec, None, device)
+    learners = train_ddpd.learners_of(cfg, state, runtime.World(0, 1, device))
     x0 = torch.randint(spec.vocab, (len(label), spec.shape.n_tokens))
     generator = torch.Generator().manual_seed(0)
 
     def step():
         tasks = methods.make_tasks(spec, x0, label, None, generator)
-        tasks = {name: task.to(device) for name, task in tasks.items()}
-        with runtime.autocast(device, cfg.dtype):
-            losses = [task_loss(state.nets[name], task) for name, task in tasks.items()]
-        sum(losses).backward()
+        losses = train_ddpd.backward(cfg, learners, tasks, device, is_last=True)
         training.update_weights(cfg, state)
         state.it += 1
-        losses[0].item()                                # waits for the device
+        losses.tolist()                                 # waits for the device
 
     return step
 
@@ -207,7 +205,7 @@ def work(settings: dict, side: str) -> None:
     os.dup2(2, 1)                                       # what a peer prints is no answer
     is_peer = side == "peer"
     if not is_peer:
-        from support import training, validate  # noqa: F401  (what is imported is not measured)
+        import train_ddpd  # noqa: F401  (what is imported is not measured)
     before = 0 if torch.cuda.is_available() else peak_bytes()
     step = peer_step(settings, settings["peer"]) if is_peer else our_step(settings, int(side))
     for _ in sys.stdin:

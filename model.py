@@ -15,6 +15,7 @@ ROPE_BASE = 100.0           # slowest wavelength 2 pi * 100 positions: longer th
 N_LABEL_TOKENS = 4          # tokens per class label, read by cross-attention
 N_LEVEL_FEATURES = 32
 EMBED_STD = 0.5  # of tokens, positions, labels and level features: the same at every width
+SHORT_KEYS = 512            # up to so many keys a CPU is faster with plain matrix products
 
 
 @dataclass(frozen=True)

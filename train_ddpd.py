@@ -42,15 +42,49 @@ from support.validate import validate_and_log
 # One iteration
 
 
-class Losses(nn.Module):
-    """All networks behind one forward: DDP wants one module.  {name: Task} -> (n_nets,) nats"""
+class Learner(nn.Module):
+    """A network behind its loss: what DDP wraps.  Task -> () nats"""
 
-    def __init__(self, nets: dict[str, nn.Module]):
+    def __init__(self, net: nn.Module):
         super().__init__()
-        self.nets = nn.ModuleDict(nets)
+        self.net = net
 
-    def forward(self, tasks: dict[str, objectives.Task]) -> Tensor:
-        return torch.stack([task_loss(self.nets[name], task) for name, task in tasks.items()])
+    def forward(self, task: objectives.Task) -> Tensor:
+        return task_loss(self.net, task)
+
+
+def learners_of(cfg: config.Config, training: Training, world: runtime.World) -> dict[str, nn.Module]:
+    """A learner of each network, compiled and distributed as the config and the world ask."""
+    learners = {}
+    for name, net in training.nets.items():
+        if cfg.compile:
+            net.hidden = torch.compile(net.hidden)
+        learners[name] = Learner(net)
+        if world.size > 1:
+            learners[name] = nn.parallel.DistributedDataParallel(
+                learners[name], broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+    return learners
+
+
+def backward(
+    cfg: config.Config, learners: dict[str, nn.Module], tasks: dict[str, objectives.Task],
+    device: torch.device, is_last: bool,
+) -> Tensor:
+    """Add the gradients of a micro-batch, network by network, so that one holds activations at a
+    time.  -> (n_nets,) losses, nats
+
+    is_last: of its iteration; DDP averages gradients then
+    """
+    losses = []
+    for name, learner in learners.items():
+        task = tasks[name].to(device)
+        learner.require_backward_grad_sync = is_last
+        with runtime.autocast(device, cfg.dtype):
+            loss = learner(task)
+        (loss / cfg.grad_accumulation_steps).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
 class Batches:
@@ -159,14 +193,7 @@ def train(
     log: logs.Log, stop: runtime.Stop, world: runtime.World,
 ) -> float:
     """All iterations that are left.  -> seconds of training"""
-    learner = Losses(training.nets)
-    if cfg.compile:
-        for net in training.nets.values():
-            net.hidden = torch.compile(net.hidden)
-    if world.size > 1:
-        learner = nn.parallel.DistributedDataParallel(
-            learner, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+    learners = learners_of(cfg, training, world)
     n_groups = cfg.grad_accumulation_steps * world.size
     batches = Batches(cfg, spec, splits["train"], n_groups)
     meter = LossMeter(cfg.out_dir, list(training.nets), world)
@@ -179,12 +206,8 @@ def train(
     while training.it < cfg.max_iters:
         for micro in range(cfg.grad_accumulation_steps):
             tasks = batches.tasks(training.it, micro * world.size + world.rank)
-            tasks = {name: task.to(world.device) for name, task in tasks.items()}
-            if world.size > 1:
-                learner.require_backward_grad_sync = micro == cfg.grad_accumulation_steps - 1
-            with runtime.autocast(world.device, cfg.dtype):
-                losses = learner(tasks)                 # (n_nets,)
-            (losses.sum() / cfg.grad_accumulation_steps).backward()
+            is_last = micro == cfg.grad_accumulation_steps - 1
+            losses = backward(cfg, learners, tasks, world.device, is_last)
             meter.add(losses, training.it)
         update_weights(cfg, training)
         training.it += 1
