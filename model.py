@@ -335,7 +335,7 @@ class Transformer(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """The head: (..., D) -> (..., V), or (...,) for a planner."""
-        y = self.head(h) * (self.shape.base_width / self.shape.n_embd)
+        y = self.head(h * (self.shape.base_width / self.shape.n_embd))
         return y if self.role == "denoiser" else y.squeeze(-1)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, sites: Tensor | None = None,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_PER_CHUNK = 2**25    # 128 MB in float32
+LOGITS_PER_BLOCK = 2**21    # a CPU forms losses and gradients of so many at a time, in its cache
 
 
 def chunk_size(net: nn.Module) -> int:
@@ -49,9 +50,10 @@ class ChunkedLossSum(torch.autograd.Function):
         for h, *rest in zip(*[y.split(chunk) for y in (hidden, *per_token)], strict=True):
             h = h.detach().requires_grad_()
             with torch.enable_grad():
-                chunk_sum = fn(net.logits(h).float(), *rest).sum()
-                grad_h, grad_w = torch.autograd.grad(chunk_sum, [h, weight])
-            total += chunk_sum.detach()
+                logits = net.logits(h)
+            loss, grad_logits = loss_and_grad(logits.detach(), fn, rest)
+            grad_h, grad_w = torch.autograd.grad(logits, [h, weight], grad_logits)
+            total += loss
             grad_hidden.append(grad_h)
             grad_weight += grad_w
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
@@ -61,6 +63,23 @@ class ChunkedLossSum(torch.autograd.Function):
     def backward(ctx, upstream):
         grad_hidden, grad_weight = ctx.saved_tensors
         return upstream * grad_hidden, upstream * grad_weight, None, None, None, None
+
+
+def loss_and_grad(logits: Tensor, fn: Callable, per_token: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The sum of fn(logits, *per_token), and its gradient, which overwrites the logits.
+
+    logits (n, V) or (n,)  ->  (), (n, V) or (n,)
+    """
+    is_cpu = logits.device.type == "cpu"
+    block = max(1, LOGITS_PER_BLOCK // logits[0].numel()) if is_cpu else len(logits)
+    total = torch.zeros((), device=logits.device)
+    for y, *rest in zip(*[y.split(block) for y in (logits, *per_token)], strict=True):
+        leaf = y.float().requires_grad_()
+        with torch.enable_grad():
+            loss = fn(leaf, *rest).sum()
+        y.copy_(torch.autograd.grad(loss, leaf)[0])
+        total += loss.detach()
+    return total, logits
 
 
 def sum_logits(
