@@ -1,7 +1,9 @@
-"""Times a step of training, or of the sampler, beside a checkout of minDDPD in the same settings.
+"""Times a step of training, of planned denoising, of attention, or the loading of data.
 
 python bench.py train --patches 1 2
 python bench.py sample --patches 1 2 --batch-size 10 --peer FOLDER
+python bench.py attention
+python bench.py load --config digits
 Each side runs in a process of its own, in turns: ratios hold on a busy machine, seconds do not.
 """
 
@@ -9,23 +11,26 @@ import typing
 from dataclasses import dataclass
 
 import config
+from config import Positive
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is timed, and in which settings."""
-    work: typing.Literal["train", "sample"]     # a step of training, or of planned denoising
+    """What is timed, and in which settings: those of a config, and what is given here."""
+    work: typing.Literal["train", "sample", "attention", "load"]
+    config: str = ""                        # a config whose data and networks are timed
     peer: str = ""                          # folder of a checkout of fal-ai-community/minDDPD
-    patches: tuple[int, ...] = (1,)         # one side for each --patch
-    side: config.Positive = 32              # tokens per side of the grid; minDDPD knows 32 alone
-    vocab: config.Positive = 8              # ids
-    n_layer: config.Layers = 4              # blocks of each network
-    n_head: config.Positive = 4             # heads
-    n_embd: config.Positive = 128           # width
-    batch_size: config.Positive = 16        # sequences
-    n_sites: config.Positive = 20           # tokens that a step of the sampler writes
-    rounds: config.Positive = 5             # turns of each side, after one that does not count
-    repeats: config.Positive = 1            # steps in a turn
+    patches: tuple[int, ...] = ()           # one side for each --patch; (): that of the config
+    side: int | None = None                 # tokens per side of the grid; 32, all minDDPD knows
+    vocab: int | None = None                # ids; 8
+    n_layer: int | None = None              # blocks of each network; 4
+    n_head: int | None = None               # heads; 4
+    n_embd: int | None = None               # width; 128
+    batch_size: int | None = None           # sequences; 16
+    n_sites: Positive = 20           # tokens that a step of planned denoising writes
+    rounds: Positive = 5             # turns of each side, after one that does not count
+    repeats: Positive = 1            # steps in a turn
+    profile: bool = False                   # print where the time of each of our sides goes
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] != ["worker"]:
         flags = config.load(Flags)
 
-import contextlib
 import json
 import os
 import resource
@@ -50,147 +54,87 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from support import attention, runtime, timing, training
+
+DEFAULTS = dict(n_layer=4, n_head=4, n_embd=128, batch_size=16)
+SIDE = 32
+VOCAB = 8
 N_CLASSES = 10
-
-# A side is a function of the settings that returns a function of one step
-
-
-def our_step(settings: dict, patch: int) -> Callable[[], None]:
-    import methods
-    from support import runtime
-
-    names = ("n_layer", "n_head", "n_embd", "batch_size")
-    sizes = {name: settings[name] for name in names}
-    cfg = config.check(config.Config(patch=patch, base_width=settings["n_embd"], **sizes))
-    grid = [settings["side"]] * 2
-    meta = dict(name="bench", vocab=settings["vocab"], grid=grid, n_classes=N_CLASSES, given=[])
-    spec = methods.spec_of(asdict(cfg), meta)
-    device = runtime.pick_device()
-    label = torch.arange(cfg.batch_size) % N_CLASSES
-    if settings["work"] == "train":
-        return train_ours(cfg, spec, label, device)
-    return sample_ours(cfg, spec, label, device, settings["n_sites"])
+N_OPERATORS = 10            # of a profile
+LENGTHS = (64, 256, 1024, 4096)             # tokens of a sequence, for attention
 
 
-def train_ours(cfg, spec, label, device) -> Callable[[], None]:
-    import methods
-    import train_ddpd
-    from support import runtime, training
-
-    state = training.build_training(cfg, spec, None, device)
-    learners = train_ddpd.learners_of(cfg, state, runtime.World(0, 1, device))
-    x0 = torch.randint(spec.vocab, (len(label), spec.shape.n_tokens))
-    generator = torch.Generator().manual_seed(0)
-
-    def step():
-        tasks = methods.make_tasks(spec, x0, label, None, generator)
-        losses = train_ddpd.backward(cfg, learners, tasks, device, is_last=True)
-        training.update_weights(cfg, state)
-        state.it += 1
-        losses.tolist()                                 # waits for the device
-
-    return step
-
-
-def sample_ours(cfg, spec, label, device, n_sites) -> Callable[[], None]:
-    import methods
-    from support import runtime
-
-    nets = {name: net.to(device).requires_grad_(False)
-            for name, net in methods.build(spec).items()}
-    label = label.to(device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def states():
-        while True:
-            yield from methods.sample(
-                spec, nets, label, sampler="ddpd", n_steps=1000, schedule="fixed", k=n_sites,
-                generator=generator,
-            )
-
-    endless = states()
-
-    def step():
-        with runtime.autocast(device, cfg.dtype):
-            next(endless).x.sum().item()
-
-    return step
-
-
-def peer_step(settings: dict, folder: str) -> Callable[[], None]:
-    """A step with the networks of a checkout of minDDPD."""
-    sys.path.insert(0, folder)                          # before our own model.py
-    import model as peer
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = peer.DDPDConfig(
-        block_size=settings["side"] ** 2, vocab_size=settings["vocab"] + 1, num_classes=N_CLASSES,
-        n_layer=settings["n_layer"], n_head=settings["n_head"], n_embd=settings["n_embd"],
+def settings_of(flags: Flags) -> dict:
+    """What a worker needs: the run as a config, and its data's meta."""
+    sizes = {name: getattr(flags, name) for name in DEFAULTS}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    if flags.config:
+        stated = config.load(argv=[flags.config])
+        meta = training.stated_meta(stated)
+        if meta is None or flags.work == "load":
+            meta = training.open_data(stated)[0].meta
+        values = asdict(stated) | sizes
+    else:
+        sizes = DEFAULTS | sizes
+        meta = dict(name="bench", vocab=VOCAB, grid=[SIDE, SIDE], n_classes=N_CLASSES)
+        values = asdict(config.Config(base_width=sizes["n_embd"], **sizes))
+    if flags.side:
+        meta["grid"] = [flags.side, flags.side]
+    if flags.vocab:
+        meta["vocab"] = flags.vocab
+    meta = dict(given=[]) | meta
+    patches = list(flags.patches or (values["patch"],))
+    return dict(
+        config=values, meta=meta, patches=patches, n_sites=flags.n_sites, repeats=flags.repeats,
+        work=flags.work, peer=flags.peer,
     )
-    planner = peer.DDPDModel(shape, "planner").to(device)
-    denoiser = peer.DDPDModel(shape, "denoiser").to(device)
-    label = torch.arange(settings["batch_size"], device=device) % N_CLASSES
-    step = train_peer if settings["work"] == "train" else sample_peer
-    return step(settings, planner, denoiser, label)
 
 
-def train_peer(settings, planner, denoiser, label) -> Callable[[], None]:
-    device = label.device
-    optimizers = [torch.optim.AdamW(net.parameters(), fused=True) for net in (planner, denoiser)]
-    x0 = torch.randint(settings["vocab"], (len(label), settings["side"] ** 2), device=device)
-
-    def step():
-        t = torch.rand(len(label), device=device)
-        is_noise = torch.rand(x0.shape, device=device) < t[:, None]
-        x = torch.where(is_noise, torch.randint_like(x0, settings["vocab"]), x0)
-        with torch.autocast(device.type, torch.bfloat16):
-            _, planner_loss = planner(x, t, label, targets=is_noise)
-            planner_loss.backward()
-            _, denoiser_loss = denoiser(x, t, label, targets=x0, mask=is_noise)
-            denoiser_loss.backward()
-        for net, optimizer in zip((planner, denoiser), optimizers, strict=True):
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        planner_loss.item()
-
-    return step
+# Workers: one process for each side, which answers each line that it reads
 
 
-class Enough(Exception):
-    """A sampler has made as many steps as are timed."""
+def step_of(settings: dict, side: str) -> Callable[[], None]:
+    """side: "product", "load", "peer", or a patch."""
+    if side == "product":
+        return timing.multiply(settings)
+    if side == "load":
+        return timing.load_batches(settings)
+    steps = {
+        "train": (timing.train_ours, timing.train_peer),
+        "sample": (timing.sample_ours, timing.sample_peer),
+    }
+    of_ours, of_peer = steps[settings["work"]]
+    return of_peer(settings, settings["peer"]) if side == "peer" else of_ours(settings, int(side))
 
 
-def sample_peer(settings, planner, denoiser, label) -> Callable[[], None]:
-    """The first step of its sampler, which asks the planner once in each."""
-    n_calls = 0
-
-    def count(*args):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls > 1:
-            raise Enough
-
-    planner.register_forward_pre_hook(count)
-
-    def step():
-        nonlocal n_calls
-        n_calls = 0
-        with contextlib.suppress(Enough), torch.autocast(label.device.type, torch.bfloat16):
-            planner.sample(
-                denoiser, class_labels=label, batch_size=len(label), device=label.device,
-                sequence_length=settings["side"] ** 2, num_samples=settings["n_sites"],
-                infer_time_from_planner=False,
-            )
-
-    return step
+def work(settings: dict, side: str) -> None:
+    """Answer "step" with seconds and bytes, "flops" and "profile" with what they say."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)                                       # what a peer prints is no answer
+    before = 0 if torch.cuda.is_available() else peak_bytes()
+    step = step_of(settings, side)
+    for line in sys.stdin:
+        if line.strip() == "step":
+            answer = [seconds_of(step, settings["repeats"]), peak_bytes() - before]
+        elif line.strip() == "flops":
+            answer = timing.count_flops(settings, int(side))
+        else:
+            answer = profile_of(step)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-# Workers: one process for each side, which takes a turn for each line that it reads
+def seconds_of(step: Callable[[], None], repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - began) / repeats
 
 
 def peak_bytes() -> int:
@@ -199,27 +143,26 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def work(settings: dict, side: str) -> None:
-    """side: "peer", or a patch."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                                       # what a peer prints is no answer
-    is_peer = side == "peer"
-    if not is_peer:
-        import train_ddpd  # noqa: F401  (what is imported is not measured)
-    before = 0 if torch.cuda.is_available() else peak_bytes()
-    step = peer_step(settings, settings["peer"]) if is_peer else our_step(settings, int(side))
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(settings["repeats"]):
-            step()
-        seconds = (time.perf_counter() - began) / settings["repeats"]
-        print(json.dumps([seconds, peak_bytes() - before]), file=answers, flush=True)
+def profile_of(step: Callable[[], None]) -> list[tuple[str, float]]:
+    """The operators that take most of a step's time.  -> (name, share)"""
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+    with profile(activities=activities) as profiler:
+        step()
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {row.key: getattr(row, time_of) for row in profiler.key_averages()}
+    total = sum(times.values())
+    most = sorted(times, key=times.get, reverse=True)[:N_OPERATORS]
+    return [(name, times[name] / total) for name in most]
 
 
 class Worker:
+    NAMES: typing.ClassVar = {"peer": "minDDPD", "product": "product", "load": "load"}
+
     def __init__(self, settings: dict, side: str):
         command = [sys.executable, __file__, "worker", json.dumps(settings), side]
-        self.name = "minDDPD" if side == "peer" else f"patch {side}"
+        self.side = side
+        self.name = self.NAMES.get(side, f"patch {side}")
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True,
@@ -227,55 +170,191 @@ class Worker:
         self.seconds = []
         self.bytes = 0
 
-    def turn(self) -> float:
-        """-> seconds of a step"""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+    @property
+    def is_ours(self) -> bool:
+        return self.side not in self.NAMES
+
+    def ask(self, question: str):
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
             said = self.process.stderr.read().strip().splitlines()
             raise SystemExit(f"{self.name}: {said[-1] if said else 'it ended'}")
-        seconds, self.bytes = json.loads(answer)
-        return seconds
+        return json.loads(answer)
+
+
+def run_sides(settings: dict, sides: list[str], rounds: int) -> list[Worker]:
+    """All sides in turns; the first turn warms up."""
+    workers = [Worker(settings, side) for side in sides]
+    for round_ in range(rounds + 1):
+        for worker in workers:
+            seconds, worker.bytes = worker.ask("step")
+            if round_:
+                worker.seconds.append(seconds)
+    return workers
+
+
+# Reports
+
+
+def describe(settings: dict) -> str:
+    values, meta = settings["config"], settings["meta"]
+    grid = "x".join(map(str, meta["grid"]))
+    return (
+        f"{values['batch_size']} x {grid} tokens, V = {meta['vocab']}, {values['n_layer']} layers "
+        f"of width {values['n_embd']}, {values['n_head']} heads; "
+        f"{runtime.device_name(runtime.pick_device())}, torch {torch.__version__}, commit "
+        f"{runtime.commit()}"
+    )
+
+
+def report_steps(settings: dict, workers: list[Worker]) -> None:
+    """Medians, and ratios to the last side within each round."""
+    work = "training" if settings["work"] == "train" else "the sampler"
+    print(f"one step of {work}: {describe(settings)}")
+    last = workers[-1]
+    n_tokens = settings["config"]["batch_size"]
+    for n in settings["meta"]["grid"]:
+        n_tokens *= n
+    is_training = settings["work"] == "train"
+    rate_name = "tokens/s" if is_training else "samples/s at 128 NFE"
+    print(
+        f"| side | median seconds | {rate_name} | times faster (range of rounds) "
+        "| peak memory, MB | ratio |"
+    )
+    print("|---|---|---|---|---|---|")
+    for worker in workers:
+        seconds = statistics.median(worker.seconds)
+        n_samples = settings["config"]["batch_size"] / 64       # two calls in each of 64 steps
+        rate = (n_tokens if is_training else n_samples) / seconds
+        print(
+            f"| {worker.name} | {seconds:.3g} | {rate:.3g} | {ratio(last, worker)} "
+            f"| {worker.bytes / 1e6:.0f} | {worker.bytes / last.bytes:.2f} |"
+        )
+
+
+def ratio(one: Worker, other: Worker) -> str:
+    """How many times as long one takes as the other, within each round: median and range."""
+    ratios = sorted(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def report_flops(worker: Worker, product: Worker) -> None:
+    """FLOPs of a step, and the share of a matrix product's rate that it reaches."""
+    flops = worker.ask("flops")
+    of_product = 2 * timing.PRODUCT**3
+    shares = [
+        flops["formula"] / step_s / (of_product / product_s)
+        for step_s, product_s in zip(worker.seconds, product.seconds, strict=True)
+    ]
+    rate = of_product / statistics.median(product.seconds)
+    print(
+        f"{worker.name}: {flops['formula'] / 1e9:.1f} GFLOP by formula, "
+        f"{flops['counter'] / 1e9:.1f} by PyTorch's counter; "
+        f"{statistics.median(shares):.0%} of the rate of a matrix product, {rate / 1e9:.0f} GFLOP/s"
+    )
+
+
+def report_profile(worker: Worker) -> None:
+    shares = [f"{name} {share:.0%}" for name, share in worker.ask("profile")]
+    print(f"{worker.name}: " + ", ".join(shares))
+
+
+def time_sides(flags: Flags) -> None:
+    settings = settings_of(flags)
+    sides = [*map(str, settings["patches"]), *["peer"] * bool(flags.peer)]
+    is_training = flags.work == "train"
+    workers = run_sides(settings, [*["product"] * is_training, *sides], flags.rounds)
+    product = workers.pop(0) if is_training else None
+    report_steps(settings, workers)
+    for worker in workers:
+        if worker.is_ours and product:
+            report_flops(worker, product)
+        if worker.is_ours and flags.profile:
+            report_profile(worker)
+    for worker in [*workers, *[product] * is_training]:
+        worker.process.kill()
+
+
+def time_loading(flags: Flags) -> None:
+    if not flags.config:
+        raise SystemExit("load needs a --config, whose data is loaded")
+    settings = settings_of(flags) | dict(work="train")
+    patch = str(settings["patches"][0])
+    load, step = run_sides(settings, ["load", patch], flags.rounds)
+    print(f"loading a batch: {describe(settings)}")
+    print(
+        f"{statistics.median(load.seconds):.3g} s for a batch, read, corrupted and moved to the "
+        f"device; a step of training takes {ratio(step, load)} times as long"
+    )
+    for worker in (load, step):
+        worker.process.kill()
+
+
+# Attention
+
+
+def time_attention(flags: Flags) -> None:
+    """Forward and backward by each kernel, for all lengths and as many tokens in each batch."""
+    settings = settings_of(flags)
+    values = settings["config"]
+    device = runtime.pick_device()
+    head_dim = values["n_embd"] // values["n_head"]
+    kernels = {
+        "fused": attention.fused, "plain": attention.plain, "blockwise": attention.in_blocks,
+        "by the rule": attention.attend,
+    }
+    n_tokens = values["batch_size"] * SIDE**2
+    print(
+        f"attention forward and backward: {n_tokens} tokens, {values['n_head']} heads of width "
+        f"{head_dim}; {runtime.device_name(device)}, torch {torch.__version__}, commit "
+        f"{runtime.commit()}; median milliseconds"
+    )
+    print("| dtype | tokens of a sequence | " + " | ".join(kernels) + " |")
+    print("|---|---|" + "---|" * len(kernels))
+    for dtype in (torch.bfloat16, torch.float32):
+        for length in LENGTHS:
+            shape = (max(1, n_tokens // length), values["n_head"], length, head_dim)
+            inputs = [torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+                      for _ in range(3)]
+            seconds = time_kernels(list(kernels.values()), inputs, flags.rounds)
+            row = " | ".join(f"{1e3 * s:.1f}" for s in seconds)
+            print(f"| {str(dtype).removeprefix('torch.')} | {length} | {row} |")
+
+
+def time_kernels(kernels: list[Callable], inputs: list[Tensor], rounds: int) -> list[float]:
+    """Medians of the rounds, after one that does not count, in seconds."""
+    seconds = []
+    for _ in range(rounds + 1):
+        seconds.append([])
+        for kernel in kernels:
+            began = time.perf_counter()
+            run_kernel(kernel, inputs)
+            seconds[-1].append(time.perf_counter() - began)
+    return [statistics.median(column) for column in zip(*seconds[1:], strict=True)]
+
+
+def run_kernel(kernel: Callable, inputs: list[Tensor]) -> None:
+    with runtime.autocast(inputs[0].device, str(inputs[0].dtype).removeprefix("torch.")):
+        out = kernel(*inputs, inputs[0].shape[-1] ** -0.5)
+    out.backward(torch.ones_like(out))
+    inputs[0].grad[0, 0, 0, 0].item()                   # waits for the device
 
 
 def main(flags: Flags) -> None:
-    settings = asdict(flags)
-    sides = [*map(str, flags.patches), *["peer"] * bool(flags.peer)]
-    workers = [Worker(settings, side) for side in sides]
-    for round_ in range(flags.rounds + 1):
-        for worker in workers:
-            seconds = worker.turn()
-            if round_:                                  # the first turn warms up
-                worker.seconds.append(seconds)
-    for worker in workers:
-        worker.process.kill()
-    report(flags, workers)
-
-
-def report(flags: Flags, workers: list[Worker]) -> None:
-    """Medians, and ratios to the last side within each round."""
-    last = workers[-1]
-    n_calls = "one step of training" if flags.work == "train" else "one step of the sampler"
-    print(
-        f"{n_calls}: {flags.batch_size} x {flags.side}x{flags.side} tokens, V = {flags.vocab}, "
-        f"{flags.n_layer} layers of width {flags.n_embd}, {flags.n_head} heads; "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    print("| side | median seconds | times faster (range of rounds) | peak memory, MB | ratio |")
-    print("|---|---|---|---|---|")
-    for worker in workers:
-        ratios = sorted(b / a for a, b in zip(worker.seconds, last.seconds, strict=True))
-        median = statistics.median(ratios)
-        print(
-            f"| {worker.name} | {statistics.median(worker.seconds):.3g} "
-            f"| {median:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
-            f"| {worker.bytes / 1e6:.0f} | {worker.bytes / last.bytes:.2f} |"
-        )
+    if flags.work == "attention":
+        time_attention(flags)
+    elif flags.work == "load":
+        time_loading(flags)
+    else:
+        time_sides(flags)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         work(json.loads(sys.argv[2]), sys.argv[3])
     else:
-        main(flags)
+        with runtime.one_voice():
+            main(flags)

@@ -144,6 +144,7 @@ class RunOptions:
     # of matrix products; auto: bfloat16 where the device has it; float32: in full, no TF32
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False                   # torch.compile the networks
+    recompute: bool = False                 # activations in the backward pass: less memory, slower
     timeout_minutes: Positive = 30          # for which a process waits for a silent one
     dry_run: bool = False                   # print parameters, memory and time; train nothing
 

@@ -100,9 +100,20 @@ class Judged:
         self.run = load_run(folder, device)
         self.spec = self.run.spec
         config_ = self.spec.config
+        runtime.freeze(self.run.nets, device, config_["dtype"])
         self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]
         self.metrics = metrics.metrics_for(self.spec.meta, self.splits)
-        self.batch_limit = max(1, MAX_LOGITS // (self.spec.shape.n_tokens * self.spec.vocab))
+
+    def batch_limit(self, sampler: str, n_steps: int) -> int:
+        """Sequences whose logits a sampler may hold at once: of all tokens, or of those that a
+        step writes, with room for four times their share."""
+        spec = self.spec
+        n_tokens = spec.shape.n_tokens
+        is_unmasking = spec.noise.only_masks and not spec.method.has_own_levels
+        asks_few = {"ddpd": "planner" in spec.method.networks, "ancestral": is_unmasking}
+        if asks_few.get(sampler):
+            n_tokens = min(n_tokens, 4 * math.ceil(n_tokens / n_steps))
+        return max(1, MAX_LOGITS // (n_tokens * spec.vocab))
 
     def bits(self) -> Bits:
         """Bits per token of held-out data and its standard error, by each bound of the method, the
@@ -171,7 +182,8 @@ class Judged:
         tokens = []
         nfe = []
         began = time.perf_counter()
-        batches = torch.arange(len(labels)).split(min(batch_size, self.batch_limit))
+        limit = self.batch_limit(sampler, options["n_steps"])
+        batches = torch.arange(len(labels)).split(min(batch_size, limit))
         for i in tqdm(batches, unit="batch", leave=False):
             label = torch.as_tensor(labels)[i].to(device)
             if known_tokens is not None:
@@ -545,7 +557,7 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
         )
     if flags.planner and "ddpd" in spec.method.samplers:
         x0, label = (torch.from_numpy(y) for y in judged.splits["val"].spread_subset(N_PLANNER))
-        diagnostics.report_planner(judged.run, x0, label, min(64, judged.batch_limit))
+        diagnostics.report_planner(judged.run, x0, label, min(64, judged.batch_limit("", 1)))
     rows = []
     for name in names:
         if sampler_of(name) not in spec.method.samplers:

@@ -1,5 +1,6 @@
 """The network: one transformer with a head for a planner or a denoiser."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from support.attention import attend
 
@@ -228,6 +230,7 @@ class Transformer(nn.Module):
         self.shape = shape
         self.role = role
         self.t_conditioned = t_conditioned
+        self.recompute = False      # the blocks' activations in the backward pass
         d = shape.n_embd
         d_token = d // shape.patch_size
         coarse = shape.coarse_grid
@@ -276,6 +279,8 @@ class Transformer(nn.Module):
             kv_cache.n_keep = n_keep
         rope = self.rope(kv_cache.n_kept if kv_cache else 0, n_frames)
         for layer, block in enumerate(self.blocks):
+            if self.recompute and torch.is_grad_enabled():
+                block = functools.partial(checkpoint, block, use_reentrant=False)
             h = block(h, label_tokens, rope, kv_cache, layer)
         if kv_cache:
             kv_cache.n_kept += n_keep

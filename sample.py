@@ -345,6 +345,7 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
 def main(flags: Flags) -> None:
     device = runtime.pick_device()
     run = load_run(flags.run, device)
+    runtime.freeze(run.nets, device, run.spec.config["dtype"])
     flags = check_flags(flags, run.spec)
     decoder = render.load_decoder(flags.decoder, run.spec.meta, device) if flags.decoder else None
     start = starting_point(flags, run.spec)

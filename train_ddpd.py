@@ -53,10 +53,13 @@ class Learner(nn.Module):
         return task_loss(self.net, task)
 
 
-def learners_of(cfg: config.Config, training: Training, world: runtime.World) -> dict[str, nn.Module]:
+def learners_of(
+    cfg: config.Config, training: Training, world: runtime.World,
+) -> dict[str, nn.Module]:
     """A learner of each network, compiled and distributed as the config and the world ask."""
     learners = {}
     for name, net in training.nets.items():
+        net.recompute = cfg.recompute
         if cfg.compile:
             net.hidden = torch.compile(net.hidden)
         learners[name] = Learner(net)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 SCORES_PER_BLOCK = 2**21    # 4 MB in bfloat16: in the cache of a few cores
 
@@ -19,9 +20,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     All of one dtype.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    if q.shape[:-1].numel() * k.shape[2] <= SCORES_PER_BLOCK:
-        return (q * scale @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+        return fused(q, k, v, scale)
+    n_scores = q.shape[:-1].numel() * k.shape[2]
+    kernel = plain if n_scores <= SCORES_PER_BLOCK else in_blocks
+    return kernel(q, k, v, scale)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return (q * scale @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+
+
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     heads = [y.flatten(0, 1) for y in (q * scale, k, v)]
     return blockwise(*heads).unflatten(0, q.shape[:2])
 
@@ -93,3 +106,18 @@ def _(grad_out, q, k, v):
 
 
 blockwise.register_autograd(backward, setup_context=keep_inputs)
+
+
+# What PyTorch's counter of FLOPs makes of them: two products forward, five backward
+
+
+@register_flop_formula(torch.ops.nanoddpd.blockwise_attention)
+def _(q_shape, k_shape, v_shape, *args, **kwargs) -> int:
+    n_heads, n_queries, width = q_shape
+    return 4 * n_heads * n_queries * k_shape[1] * width
+
+
+@register_flop_formula(torch.ops.nanoddpd.blockwise_attention_backward)
+def _(grad_shape, q_shape, k_shape, v_shape, *args, **kwargs) -> int:
+    n_heads, n_queries, width = q_shape
+    return 10 * n_heads * n_queries * k_shape[1] * width

@@ -63,32 +63,28 @@ def cost_of_step(
 ) -> Cost:
     """What a micro-step of batch_size sequences takes. One block is run for it on the spot."""
     shape = spec.shape
-    n, d = shape.n_patches, shape.n_embd
+    n = shape.n_patches
     with torch.device("meta"):
         nets = methods.build(spec)
     n_params = sum(p.numel() for net in nets.values() for p in net.parameters())
-    n_blocks = len(nets) * shape.n_layer
 
     block = model.Block(shape).to(device)
     kept_by_one, _ = time_block(block, shape, 1, device, autocast)
     kept_by_two, _ = time_block(block, shape, 2, device, autocast)
     kept_per_sequence = kept_by_two - kept_by_one
-    # of a block and a sequence: products only
-    forward = n * (28 * d * d + 4 * n * d + 4 * model.N_LABEL_TOKENS * d)
     batch = max(1, min(batch_size, 4096 // n))
     seconds = min(time_block(block, shape, batch, device, autocast)[1] for _ in range(3))
 
-    flops = n_blocks * 3 * forward * batch_size
     logits = 0
     for net in nets.values():
-        is_noise_only = net.role == "denoiser" and "planner" in nets           # half of the tokens
-        rows = batch_size * shape.n_tokens // (2 if is_noise_only else 1)
-        flops += 6 * rows * d * net.head.out_features
-        if net.unpatch is not None:
-            flops += 6 * batch_size * n * net.unpatch.weight.numel()
-        n_logits = min(rows, chunk_size(net)) * net.head.out_features
-        logits = max(logits, 3 * 4 * n_logits)          # logits, their log-softmax, its gradient
-    kept = n_blocks * (kept_per_sequence * batch_size + (kept_by_one - kept_per_sequence))
+        n_logits = min(n_loss_tokens(net, nets, batch_size), chunk_size(net))
+        # logits, their log-softmax, its gradient
+        logits = max(logits, 3 * 4 * n_logits * net.head.out_features)
+    # one network at a time
+    kept_by_block = kept_per_sequence * batch_size + (kept_by_one - kept_per_sequence)
+    kept = shape.n_layer * kept_by_block
+    if spec.config["recompute"]:
+        kept = kept_by_block + 4 * shape.n_layer * batch_size * n * shape.n_embd
     sizes = {
         "weights": 4 * n_params,
         "gradients": 4 * n_params,
@@ -97,7 +93,33 @@ def cost_of_step(
         "activations": kept,
         "logits": logits,
     }
-    return Cost(n_params, sizes, flops, 3 * forward * batch / seconds)
+    flops_per_s = 3 * flops_of_block(shape) * batch / seconds
+    return Cost(n_params, sizes, flops_of_step(spec, nets, batch_size), flops_per_s)
+
+
+def n_loss_tokens(net: model.Transformer, nets: dict[str, model.Transformer], batch: int) -> int:
+    """Tokens that enter a network's loss: half of them where a denoiser learns noise alone."""
+    is_noise_only = net.role == "denoiser" and "planner" in nets
+    return batch * net.shape.n_tokens // (2 if is_noise_only else 1)
+
+
+def flops_of_block(shape: model.Shape) -> int:
+    """Of a forward pass of a sequence: products only."""
+    n, d = shape.n_patches, shape.n_embd
+    return n * (28 * d * d + 4 * n * d + 4 * model.N_LABEL_TOKENS * d)
+
+
+def flops_of_step(spec: methods.Spec, nets: dict[str, model.Transformer], batch: int) -> int:
+    """Of a micro-step of training, forward and twice that backward; nothing that is computed again
+    counts."""
+    shape = spec.shape
+    flops = 0
+    for net in nets.values():
+        flops += batch * shape.n_layer * flops_of_block(shape)
+        flops += 2 * n_loss_tokens(net, nets, batch) * net.head.weight.numel()
+        if net.unpatch is not None:
+            flops += 2 * batch * shape.n_patches * net.unpatch.weight.numel()
+    return 3 * flops
 
 
 def dry_run(cfg: config.Config, spec: methods.Spec) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 WATCH_S = 5             # seconds between looks whether torchrun's agent is alive
 BEAT_S = 5              # seconds between signs of life of rank 0 while it works alone
@@ -195,6 +196,15 @@ def autocast(device: torch.device, dtype: str = "auto") -> torch.autocast:
     """A context in which matrix products run in matmul_dtype."""
     is_on = matmul_dtype(device, dtype) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=is_on)
+
+
+def freeze(nets: dict[str, nn.Module], device: torch.device, dtype: str = "auto") -> None:
+    """Cast the weights of matrix products once, as autocast would in every call; from here on the
+    networks run under autocast only."""
+    for net in nets.values():
+        for module in net.modules():
+            if isinstance(module, nn.Linear):
+                module.to(matmul_dtype(device, dtype))
 
 
 def generator(stream: str, *key: int, device="cpu") -> torch.Generator:
