@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import methods
-from diffusion import objectives
 from support import checkpoint, diagnostics, logs, runtime
-from support.chunked_head import task_loss
 from support.meters import Clock, LossMeter
 from support.training import (
+    Batches,
     Training,
+    backward,
     build_training,
+    learners_of,
     lr_factor,
     make_folder,
     open_data,
@@ -38,85 +38,6 @@ from support.training import (
     update_weights,
 )
 from support.validate import validate_and_log
-
-# One iteration
-
-
-class Learner(nn.Module):
-    """A network behind its loss: what DDP wraps.  Task -> () nats"""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, task: objectives.Task) -> Tensor:
-        return task_loss(self.net, task)
-
-
-def learners_of(
-    cfg: config.Config, training: Training, world: runtime.World,
-) -> dict[str, nn.Module]:
-    """A learner of each network, compiled and distributed as the config and the world ask."""
-    learners = {}
-    for name, net in training.nets.items():
-        net.recompute = cfg.recompute
-        if cfg.compile:
-            net.hidden = torch.compile(net.hidden)
-        learners[name] = Learner(net)
-        if world.size > 1:
-            learners[name] = nn.parallel.DistributedDataParallel(
-                learners[name], broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-    return learners
-
-
-def backward(
-    cfg: config.Config, learners: dict[str, nn.Module], tasks: dict[str, objectives.Task],
-    device: torch.device, is_last: bool,
-) -> Tensor:
-    """Add the gradients of a micro-batch, network by network, so that one holds activations at a
-    time.  -> (n_nets,) losses, nats
-
-    is_last: of its iteration; DDP averages gradients then
-    """
-    losses = []
-    for name, learner in learners.items():
-        task = tasks[name].to(device)
-        learner.require_backward_grad_sync = is_last
-        with runtime.autocast(device, cfg.dtype):
-            loss = learner(task)
-        (loss / cfg.grad_accumulation_steps).backward()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
-class Batches:
-    """Training tasks as a function of (seed, iteration, micro-batch)."""
-
-    def __init__(self, cfg: config.Config, spec: methods.Spec, split: data.Split, n_groups: int):
-        self.cfg = cfg
-        self.spec = spec
-        self.split = split
-        self.n_groups = n_groups        # micro-batches per iteration, of all processes
-        n = min(cfg.overfit, len(split)) if cfg.overfit else len(split)
-        self.order = data.ShuffledIndices(n, None if cfg.overfit else cfg.seed)
-
-    def tasks(self, it: int, group: int) -> dict[str, objectives.Task]:
-        """What the networks learn from micro-batch `group` of iteration `it`, on the host."""
-        cfg = self.cfg
-        start = (it * self.n_groups + group) * cfg.batch_size
-        key = (it, group)
-        if cfg.overfit and cfg.overfit_noise == "fixed":  # the same sequences, the same noise
-            start %= self.order.n
-            key = (0, start)
-        rng = runtime.generator("train", cfg.seed, *key)
-        index = self.order.take(start, cfg.batch_size)
-        x0, label = (torch.from_numpy(y) for y in self.split.rows(index))
-        if not cfg.overfit:
-            label = objectives.drop_labels(label, self.spec.n_classes, cfg.label_dropout, rng)
-        known = data.known_mask(self.spec.meta, x0)
-        return methods.make_tasks(self.spec, x0, label, known, rng)
-
 
 # The run
 

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import methods
-import train_ddpd
 from support import diagnostics, runtime, training
 
 PRODUCT = 2048              # side of the matrix product that a step's rate is compared with
@@ -32,14 +31,14 @@ def train_ours(settings: dict[str, Any], patch: int) -> Callable[[], None]:
     cfg, spec = our_run(settings, patch)
     device = runtime.pick_device()
     state = training.build_training(cfg, spec, None, device)
-    learners = train_ddpd.learners_of(cfg, state, runtime.World(0, 1, device))
+    learners = training.learners_of(cfg, state, runtime.World(0, 1, device))
     x0 = torch.randint(spec.vocab, (cfg.batch_size, spec.shape.n_tokens))
     label = torch.arange(cfg.batch_size) % max(1, spec.n_classes)
     generator = torch.Generator().manual_seed(0)
 
     def step():
         tasks = methods.make_tasks(spec, x0, label, None, generator)
-        losses = train_ddpd.backward(cfg, learners, tasks, device, is_last=True)
+        losses = training.backward(cfg, learners, tasks, device, is_last=True)
         training.update_weights(cfg, state)
         state.it += 1
         losses.tolist()                                 # waits for the device
@@ -188,7 +187,7 @@ def load_batches(settings: dict[str, Any]) -> Callable[[], None]:
     """The next batch of the config's data: read, corrupted and moved to the device."""
     cfg = config.check(config.Config(**settings["config"]))
     spec, splits = training.open_data(cfg)
-    batches = train_ddpd.Batches(cfg, spec, splits["train"], 1)
+    batches = training.Batches(cfg, spec, splits["train"], 1)
     device = runtime.pick_device()
     it = 0
 

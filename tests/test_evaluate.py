@@ -75,6 +75,21 @@ def test_steps_for_a_number_of_calls(row, method, nfe, steps):
     assert evaluate.n_steps_of(row, judged_stub(tiny_spec(method)), nfe, flags_of()) == steps
 
 
+def test_a_batch_is_cut_by_the_logits_it_holds(monkeypatch):
+    """Of the tokens that a step writes where the sampler asks for those alone, else of all."""
+    monkeypatch.setattr(evaluate, "MAX_LOGITS", 10 * 64 * 17)
+    def limit(method, sampler, n_steps):
+        spec = tiny_spec(method, grid=(8, 8), vocab=17)
+        stub = types.SimpleNamespace(spec=spec)
+        return evaluate.Judged.batch_limit(stub, sampler, n_steps)
+    assert limit("ddpd-mask", "confidence", 16) == 10
+    assert limit("ddpd-single", "ddpd", 16) == 10
+    assert limit("ddpd-mask", "ddpd", 16) == 40             # 4 sites, room for 16
+    assert limit("ddpd-mask", "ddpd", 2) == 10
+    assert limit("ddpd-mask", "ancestral", 32) == 80
+    assert limit("ddpd-uniform", "ancestral", 32) == 10
+
+
 @pytest.mark.parametrize("row, method, options", [
     ("ancestral", "ddpd-mask", dict(process="mask")), ("remdm", "ddpd-mask", {}),
     ("ancestral", "gidd", dict(process="hybrid", p_uniform=0.0)),       # masks only, on squares

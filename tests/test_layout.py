@@ -30,12 +30,14 @@ DIFFUSION = {
 SUPPORT = {
     f"support.{name}"
     for name in """
-        runtime logs checkpoint training meters validate chunked_head metrics render diagnostics
+        runtime logs checkpoint training meters validate attention chunked_head metrics render
+        diagnostics timing
     """.split()
 }
 BY_THEMSELVES = {
-    "config", "model", "data", "diffusion.processes",
-    "support.render", "support.metrics", "support.chunked_head", "support.runtime",
+    "config", "data", "diffusion.processes",
+    "support.attention", "support.render", "support.metrics", "support.chunked_head",
+    "support.runtime",
 }
 
 
@@ -116,6 +118,10 @@ def test_the_mathematics_imports_itself_alone():
     """diffusion/ knows no network, no config and no file; nothing in it reads samplers.py."""
     for name in sorted(DIFFUSION):
         assert imports_of(name) <= DIFFUSION - {"diffusion.samplers"}, name
+
+
+def test_the_network_imports_attention_alone():
+    assert imports_of("model") == {"support.attention"}
 
 
 def test_methods_imports_networks_and_mathematics():

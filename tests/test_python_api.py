@@ -1,5 +1,6 @@
 """Use from Python: sampling a trained run, and samplers around a stranger's networks."""
 
+import copy
 import inspect
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import tiny_config
 import methods
 import train_ddpd
 from diffusion import samplers
+from support import runtime
 from support.checkpoint import load_run
 
 VOCAB = 17
@@ -33,6 +35,18 @@ def sample_run(run, seed=0, **options):
     """The States of two samples in four steps."""
     rng = torch.Generator().manual_seed(seed)
     return list(methods.sample(run.spec, run.nets, LABEL, n_steps=4, generator=rng, **options))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_frozen_weights_sample_the_same(run, dtype):
+    """To the bit: what autocast would do in every call is done once."""
+    frozen = run._replace(nets={name: copy.deepcopy(net) for name, net in run.nets.items()})
+    runtime.freeze(frozen.nets, run.device, dtype)
+    assert {p.dtype for p in frozen.nets["planner"].blocks.parameters()} == {getattr(torch, dtype)}
+    assert frozen.nets["planner"].tok_emb.weight.dtype == torch.float32
+    with runtime.autocast(run.device, dtype):
+        for state, other in zip(sample_run(run), sample_run(frozen), strict=True):
+            assert torch.equal(state.x, other.x) and torch.equal(state.p_noise, other.p_noise)
 
 
 def test_a_loaded_run_says_what_it_is(run):

@@ -320,6 +320,35 @@ def test_the_dry_runs_activations_are_those_of_a_step():
     assert cost.bytes["activations"] == pytest.approx(n_bytes, rel=0.1)
 
 
+def test_recomputed_activations_are_not_kept_and_change_nothing():
+    """Gradients to the bit, and less than half of the bytes between forward and backward."""
+    cfg = tiny("recompute", "--n-embd", 64, "--n-layer", 4, "--vocab", 50, "--grid", 12, 12)
+    spec = spec_of(cfg, training.stated_meta(cfg))
+    rng = torch.Generator().manual_seed(0)
+    x0 = torch.randint(50, (4, 144), generator=rng)
+    task = methods.make_tasks(spec, x0, torch.zeros(4).long(), None, rng)["denoiser"]
+    gradients = []
+    sizes = []
+    for recompute in (False, True):
+        state = training.build_training(cfg, spec, None, torch.device("cpu"))
+        learners = training.learners_of(
+            replace(cfg, recompute=recompute), state, runtime.World(0, 1, torch.device("cpu"))
+        )
+        kept = {}
+
+        def pack(y, kept=kept):
+            kept[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+            return y
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+            loss = learners["denoiser"](task)
+        loss.backward()
+        sizes.append(sum(kept.values()))
+        gradients.append([p.grad for p in state.nets["denoiser"].parameters()])
+    assert sizes[1] < sizes[0] / 2
+    assert all(map(torch.equal, *gradients))
+
+
 def test_wandb_goes_on_under_its_id(monkeypatch):
     """Losses, floors, bins, pictures and the planner's video, without a network; a resumed run
     keeps its id."""
