@@ -2,13 +2,16 @@
 
 python experiments/mup.py coords
 python experiments/mup.py basin [SEED ...]
+python experiments/mup.py patch
 
 coords  sizes of activations in both networks after 0 to 10 Adam steps: independent of the width
         under muP
 basin   losses of planner and denoiser over learning rates and widths: the best rate does not
         depend on the width under muP
-Both write a CSV file and a plot to assets/. Finished rows are skipped, so the same command resumes.
-The standard parametrization is muP with the base width set to the width: one rate for all tensors.
+patch   both with patches of 2x2 tokens, one seed and two widths each
+The first two write a CSV file and a plot to assets/, the third a CSV file. Finished rows are
+skipped, so the same command resumes. The standard parametrization is muP with the base width set to
+the width: one rate for all tensors.
 """
 
 import json
@@ -27,7 +30,7 @@ import data
 import methods
 import model
 import train_ddpd
-from support import runtime
+from support import runtime, training
 from support.chunked_head import hidden_at_sites, map_logits
 
 BASE = config.Config(image_size=8, n_layer=4, out_dir="out/mup")
@@ -54,6 +57,12 @@ RATES = {
     "standard": [2.0**i * 1e-3 for i in range(-2, 6)],
 }
 BASIN = common.Table("mup_basin.csv")
+
+# patch
+PATCH = 2
+PATCH_COORD_WIDTHS = (128, 512)
+PATCH_WIDTHS = (64, 256)
+PATCHED = common.Table("mup_patch.csv")
 
 
 def base_width(parametrization: str, width: int) -> int:
@@ -95,7 +104,7 @@ def coordinates(cfg: config.Config) -> dict[tuple[str, str, int], float]:
     """Root mean squares after 0 to COORD_STEPS Adam steps.  -> {(net, what, step): rms}"""
     meta, splits = data.load("digits", 8)
     spec = methods.spec_of(asdict(cfg), meta)
-    batches = train_ddpd.Batches(cfg, spec, splits["train"], 1)
+    batches = training.Batches(cfg, spec, splits["train"], 1)
     lrs = {"planner": cfg.planner_lr, "denoiser": cfg.denoiser_lr}
     torch.manual_seed(cfg.seed)
     sizes = {}
@@ -236,13 +245,16 @@ def basin(seeds: tuple[int, ...] = SEEDS) -> None:
     plot_basin(BASIN.rows())
 
 
-def train_at(parametrization: str, width: int, lr: float, seed: int) -> dict[str, float | str]:
+def train_at(
+    parametrization: str, width: int, lr: float, seed: int, patch: int = 1,
+) -> dict[str, float | str]:
     """Train in a folder that is removed.  -> {NET_train and NET_val: nats, commit}"""
     folder = Path(f"out/mup/{parametrization}_{width}_{lr}_{seed}")
     cfg = replace(
         BASE,
         n_embd=width,
         n_head=width // HEAD_DIM,
+        patch=patch,
         base_width=base_width(parametrization, width),
         planner_lr=lr,
         denoiser_lr=lr,
@@ -342,11 +354,36 @@ def y_range(panel, net: str) -> tuple[float, float]:
     return low - span / 15, low + span
 
 
+# Patches
+
+
+def patched() -> None:
+    """The best rate at each width, and how far sizes of activations depend on the width."""
+    for width in PATCH_WIDTHS:
+        for lr in RATES["mup"]:
+            key = dict(width=width, lr=lr)
+            if not PATCHED.has(**key):
+                PATCHED.add(key | train_at("mup", width, lr, SEEDS[0], PATCH))
+    for net in NETS:
+        for width in PATCH_WIDTHS:
+            rows = common.select(PATCHED.rows(), width=width)
+            best = min(rows, key=lambda row: float(row[f"{net}_train"]))
+            print(f"{net}, width {width}: best lr {best['lr']}, loss {best[f'{net}_train']}")
+    configs = [coords_config(width, "fixed", "mup", 0) for width in PATCH_COORD_WIDTHS]
+    sizes = [coordinates(replace(cfg, patch=PATCH)) for cfg in configs]
+    for net in NETS:
+        pairs = [[size[key] for size in sizes] for key in sizes[0] if key[0] == net]
+        ratio = max(max(pair) / min(pair) for pair in pairs if min(pair) > 0)
+        print(f"{net}: sizes at widths {PATCH_COORD_WIDTHS} differ by a factor {ratio:.2f} at most")
+
+
 if __name__ == "__main__":
-    words = common.read_words(__doc__, "coords", "basin")
+    words = common.read_words(__doc__, "coords", "basin", "patch")
     if words == ["coords"]:
         coords()
     elif words == ["basin"]:
         basin(tuple(common.read_numbers()) or SEEDS)
+    elif words == ["patch"]:
+        patched()
     else:
         raise SystemExit(__doc__)

@@ -16,6 +16,7 @@ MAX_FRAMES = 240        # longer runs are thinned to about this many frames
 
 # Sizes in pixels
 TILE = 128              # approximate side of the picture of one sequence
+MIN_CELL = 6            # pixels of a token, so that a frame around it leaves it visible
 GAP = 8                 # between pictures
 TILE_GAP = 2            # between a state and its map
 HEADER_H = 40           # line with the step and the legend
@@ -111,7 +112,7 @@ def pictures(tokens: np.ndarray, meta: dict, decoder: Decoder | None = None) -> 
         return text_pictures(cells)
     is_video = tokens.ndim == 4
     side = 4 * TILE if is_video else TILE
-    scale = max(1, round(side / max(cells.shape[1:])))
+    scale = max(MIN_CELL, round(side / max(cells.shape[1:])))
     return palette(meta)[cells].repeat(scale, 1).repeat(scale, 2)
 
 
