@@ -30,6 +30,7 @@ class BenchOptions:
     n_sites: Positive = 20           # tokens that a step of planned denoising writes
     rounds: Positive = 5             # turns of each side, after one that does not count
     repeats: Positive = 1            # steps in a turn
+    compile: bool = False                   # train: a compiled side for each patch, too
     profile: bool = False                   # print where the time of each of our sides goes
 
 
@@ -101,7 +102,7 @@ def settings_of(flags: Flags) -> dict:
 
 
 def step_of(settings: dict, side: str) -> Callable[[], None]:
-    """side: "product", "load", "peer", or a patch."""
+    """side: "product", "load", "peer", a patch, or a patch and "compiled"."""
     if side == "product":
         return timing.multiply(settings)
     if side == "load":
@@ -111,7 +112,12 @@ def step_of(settings: dict, side: str) -> Callable[[], None]:
         "sample": (timing.sample_ours, timing.sample_peer),
     }
     of_ours, of_peer = steps[settings["work"]]
-    return of_peer(settings, settings["peer"]) if side == "peer" else of_ours(settings, int(side))
+    if side == "peer":
+        return of_peer(settings, settings["peer"])
+    patch, *compiled = side.split()
+    if compiled:
+        settings["config"]["compile"] = True
+    return of_ours(settings, int(patch))
 
 
 def work(settings: dict, side: str) -> None:
@@ -124,7 +130,7 @@ def work(settings: dict, side: str) -> None:
         if line.strip() == "step":
             answer = [seconds_of(step, settings["repeats"]), peak_bytes() - before]
         elif line.strip() == "flops":
-            answer = timing.count_flops(settings, int(side))
+            answer = timing.count_flops(settings, int(side.split()[0]))
         else:
             answer = profile_of(step)
         print(json.dumps(answer), file=answers, flush=True)
@@ -167,6 +173,7 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True,
         )
+        self.first_s = 0.0                  # of the first turn, which warms up and compiles
         self.seconds = []
         self.bytes = 0
 
@@ -193,6 +200,8 @@ def run_sides(settings: dict, sides: list[str], rounds: int) -> list[Worker]:
             seconds, worker.bytes = worker.ask("step")
             if round_:
                 worker.seconds.append(seconds)
+            else:
+                worker.first_s = seconds
     return workers
 
 
@@ -222,16 +231,17 @@ def report_steps(settings: dict, workers: list[Worker]) -> None:
     rate_name = "tokens/s" if is_training else "samples/s at 128 NFE"
     print(
         f"| side | median seconds | {rate_name} | times faster (range of rounds) "
-        "| peak memory, MB | ratio |"
+        "| peak memory, MB | ratio | first step, s |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     for worker in workers:
         seconds = statistics.median(worker.seconds)
         n_samples = settings["config"]["batch_size"] / 64       # two calls in each of 64 steps
         rate = (n_tokens if is_training else n_samples) / seconds
         print(
             f"| {worker.name} | {seconds:.3g} | {rate:.3g} | {ratio(last, worker)} "
-            f"| {worker.bytes / 1e6:.0f} | {worker.bytes / last.bytes:.2f} |"
+            f"| {worker.bytes / 1e6:.0f} | {worker.bytes / last.bytes:.2f} "
+            f"| {worker.first_s:.3g} |"
         )
 
 
@@ -264,8 +274,13 @@ def report_profile(worker: Worker) -> None:
 
 def time_sides(flags: Flags) -> None:
     settings = settings_of(flags)
-    sides = [*map(str, settings["patches"]), *["peer"] * bool(flags.peer)]
     is_training = flags.work == "train"
+    if flags.compile and not is_training:
+        raise SystemExit("--compile is for steps of training")
+    sides = []
+    for patch in settings["patches"]:
+        sides += [str(patch), *[f"{patch} compiled"] * flags.compile]
+    sides += ["peer"] * bool(flags.peer)
     workers = run_sides(settings, [*["product"] * is_training, *sides], flags.rounds)
     product = workers.pop(0) if is_training else None
     report_steps(settings, workers)

@@ -97,3 +97,8 @@ def test_the_formula_for_flops_agrees_with_pytorchs_counter():
     for patch in (1, 2):
         flops = timing.count_flops(settings, patch)
         assert flops["formula"] == pytest.approx(flops["counter"], rel=0.05)
+
+
+def test_only_steps_of_training_are_compiled():
+    done = script("bench.py", "sample", *TINY, "--compile")
+    assert done.returncode == 1 and done.stderr == "--compile is for steps of training\n"
