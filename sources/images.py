@@ -201,6 +201,8 @@ def central_square(image: Image.Image, size: int) -> np.ndarray:
     Averaging over 2x2 pixels while there are twice too many, then bicubic
     (center_crop_arr in image_datasets.py of guided-diffusion).
     """
+    if min(image.size) < size:
+        raise ValueError(f"{image.size} pixels are smaller than {size} x {size}")
     while min(image.size) >= 2 * size:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, Image.Resampling.BOX)

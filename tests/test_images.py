@@ -113,6 +113,9 @@ def test_class_folders_are_the_classes():
 
 
 def test_a_flat_folder_has_no_classes():
+    """Without --name the data are called like the folder."""
+    for folder, name in (("F", "F"), ("F/", "F"), ("F/..", Path.cwd().name), ("", "images")):
+        assert images.folder_name(data.Make("images", folder=folder)) == name
     save_pixel_art(10)
     meta, rows = made()
     assert meta["n_classes"] == 0
@@ -345,6 +348,25 @@ def test_corrupt_files_are_listed_and_left_out(capsys):
     assert f"{len(bad)} files cannot be read and are left out" in lines[0]
     assert sum(name in lines[0] for name in bad) == images.N_SHOWN
     assert lines[0].endswith(", ...")
+
+
+@pytest.mark.filterwarnings("ignore")       # of Pillow, about what is spoiled
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "tif", "webp", "bmp"])
+def test_spoiled_files_are_pictures_or_none(ending):
+    """Whatever bytes are changed or missing, reading ends with a picture or without one."""
+    rng = np.random.default_rng(0)
+    path = Path("F", f"a.{ending}")
+    save(rng.integers(0, 256, (9, 9, 3)), path.name)
+    whole = path.read_bytes()
+    n_none = 0
+    for _ in range(60):
+        raw = bytearray(whole)
+        raw[rng.integers(min(len(raw), 64))] ^= 1 << rng.integers(8)
+        path.write_bytes(raw[:rng.integers(len(raw) // 2, 2 * len(raw))])
+        picture = images.load(path, 4)
+        assert picture is None or picture.shape == (4, 4, 3)
+        n_none += picture is None
+    assert 0 < n_none < 60
 
 
 def test_too_few_pictures_are_refused():
