@@ -142,7 +142,7 @@ def split_pictures(
     folder: Path, paths: list[Path], class_names: list[str], separator: str
 ) -> dict[str, list[Picture]]:
     """Label the pictures, and hold out a tenth of their groups."""
-    groups = [group_of(path.relative_to(folder), separator) for path in paths]
+    groups = [group_of(path, separator) for path in paths]
     if len(set(groups)) < 2:
         raise SystemExit(f"{folder}: a single picture, or a single group of {len(paths)}, is too "
                          "few, one is held out")

@@ -142,7 +142,10 @@ def group(picture):
     return picture.path.name.split("_")[0]
 
 
-def test_the_same_command_makes_the_same_tokens():
+def test_the_same_command_makes_the_same_tokens(monkeypatch):
+    """Also where the colours are chosen from a sample of the pixels of some pictures."""
+    monkeypatch.setattr(images, "N_SAMPLE_PICTURES", 10)
+    monkeypatch.setattr(images, "N_SAMPLE_PIXELS", 50)
     rng = np.random.default_rng(0)
     for i in range(20):
         save(rng.integers(0, 256, (9, 7, 3)), f"{i}.png")
@@ -152,6 +155,21 @@ def test_the_same_command_makes_the_same_tokens():
     assert meta["vocab"] == 16
     for split in data.SPLITS:
         assert np.array_equal(rows[split][0], same_rows[split][0])
+
+
+def test_colours_are_chosen_from_a_sample(monkeypatch):
+    """No more pictures and pixels are read for the colours than the constants say."""
+    pictures = [images.Picture(Path("F", f"{i}.png"), 0) for i in range(20)]
+    rng = np.random.default_rng(0)
+    for picture in pictures:
+        save(rng.integers(0, 256, (4, 4, 3)), picture.path.name)
+    every = images.sample_pixels(pictures, 4)
+    assert len(np.unique(every, axis=0)) == len(every) == 20 * 16
+    monkeypatch.setattr(images, "N_SAMPLE_PICTURES", 10)
+    monkeypatch.setattr(images, "N_SAMPLE_PIXELS", 50)
+    some = images.sample_pixels(pictures, 4)
+    assert len(some) == len(as_set(some)) == 50
+    assert as_set(some) < as_set(every)
 
 
 def test_the_split_depends_on_names_alone():
@@ -177,6 +195,16 @@ def test_colours_are_the_means_of_what_is_near():
     assert np.abs(np.array(meta["palette"]) - [[40, 60, 80], [200, 180, 160]]).max() <= 2
     for tokens in rows["train"][0]:
         assert len(np.unique(tokens)) == 1
+
+
+def test_frequent_colours_weigh_more():
+    """The mean of 15 black pixels and one of value 96 is 6."""
+    for i in range(20):
+        picture = fill(BLACK)
+        picture[0, 0] = 96
+        save(fill(WHITE) if i % 2 else picture, f"{i}.png")
+    meta, _ = made(palette=2)
+    assert meta["palette"] == [[6, 6, 6], [255, 255, 255]]
 
 
 def test_the_nearest_colour_is_the_nearest():
@@ -221,6 +249,13 @@ def test_a_fine_chequerboard_becomes_grey():
     """Averaging, not picking: no pixel of 64 x 64 stays black or white at 4 x 4."""
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     assert np.abs(one_picture(board).astype(int) - 127).max() <= 1
+
+
+def test_pictures_of_twice_the_size_are_averaged():
+    """Each pixel is the mean of 2 x 2, as on any power of two."""
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    means = picture.reshape(4, 2, 4, 2, 3).mean((1, 3))
+    assert np.abs(one_picture(picture) - means).max() <= 1
 
 
 @pytest.mark.parametrize("height, width", [(4, 10), (10, 4), (8, 20), (21, 9)])
