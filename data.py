@@ -37,6 +37,7 @@ SPLITS = ("train", "val")
 MAX_IDS = 2**31             # of a vocabulary, and classes
 MAX_TOKENS = 2**24          # of a sequence
 MAX_AXES = 8                # of its grid
+MAX_COLOURS = 2**12         # that k-means chooses
 META_TYPES = {
     "name": str,
     "vocab": int,
@@ -57,6 +58,8 @@ class Make:
     file: str = ""          # the source's file, if it reads one
     image_size: int = 0     # tokens per side, if the source quantises images; 0: its default
     grey_levels: int = 0    # grey levels, if the source quantises images; 0: its default
+    palette: int = 0        # colours, if the source reads pictures in colour; 0: its default
+    group_by: str = ""      # pictures: names that agree up to this text are held out together
     length: int = 0         # bytes per sequence, if the source is text; 0: its default
     vocab: int = 0          # vocabulary size, if the file holds tokens; 0: the largest id plus one
     tokenizer: str = ""     # tokenizer of the file's tokens: warns about ids that it cannot produce
@@ -66,6 +69,7 @@ class Make:
 LARGEST = {                 # of the options that are sizes
     "image_size": math.isqrt(MAX_TOKENS),
     "grey_levels": MAX_IDS - 1,
+    "palette": MAX_COLOURS,
     "length": MAX_TOKENS,
     "vocab": MAX_IDS - 1,
 }
