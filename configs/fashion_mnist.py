@@ -2,7 +2,7 @@
 
 python data.py fashion_mnist
 torchrun --nproc_per_node=NUM_GPUS train_ddpd.py configs/fashion_mnist.py
-12.7 GiB and 11.1 TFLOP per iteration and process, by `--dry-run`; not run on a GPU yet.
+7.0 GiB and 11.1 TFLOP per iteration and process, by formula; not run on a GPU yet.
 """
 data = "fashion_mnist"
 vocab = 8

@@ -2,7 +2,7 @@
 
 python data.py tokens --file F.safetensors --name imagenet --vocab 64000 --tokenizer cosmos_di8x8
 torchrun --nproc_per_node=8 train_ddpd.py configs/imagenet.py
-29.0 GiB and 60.6 TFLOP per iteration and process, by `--dry-run`; not run on a GPU yet.
+18.9 GiB and 59 TFLOP per iteration and process, by formula; not run on a GPU yet.
 """
 data = "imagenet"
 vocab = 8 * 8 * 8 * 5 * 5 * 5     # the codes of that tokenizer, not 2 ** 16

@@ -2,7 +2,7 @@
 
 python data.py mnist
 torchrun --nproc_per_node=NUM_GPUS train_ddpd.py configs/mnist.py
-12.7 GiB and 11.1 TFLOP per iteration and process, by `--dry-run`; not run on a GPU yet.
+7.0 GiB and 11.1 TFLOP per iteration and process, by formula; not run on a GPU yet.
 """
 data = "mnist"
 vocab = 8

@@ -1,7 +1,10 @@
 """MNIST, 32x32 tokens of 8 grey levels.
 
 python data.py mnist
-python train_ddpd.py configs/mnist_32.py
+python train_ddpd.py configs/mnist_32.py --compile
+19 minutes on 2 busy cores of an AMD EPYC, 14 on quiet ones; without --compile, which needs a C++
+compiler, 1.6 times that. On the 9,000 digits of the t10k files expect planner AUROC .972, denoiser
+CE .239 nats and .30 bits per token (1 seed, commit ebc6659).
 """
 data = "mnist"
 vocab = 8
