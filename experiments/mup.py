@@ -8,7 +8,7 @@ coords  sizes of activations in both networks after 0 to 10 Adam steps: independ
         under muP
 basin   losses of planner and denoiser over learning rates and widths: the best rate does not
         depend on the width under muP
-patch   both with patches of 2x2 tokens, one seed and two widths each
+patch   both with patches of 2x2 tokens, two widths each; one seed of the basin
 The first two write a CSV file and a plot to assets/, the third a CSV file. Finished rows are
 skipped, so the same command resumes. The standard parametrization is muP with the base width set to
 the width: one rate for all tensors.
@@ -369,12 +369,24 @@ def patched() -> None:
             rows = common.select(PATCHED.rows(), width=width)
             best = min(rows, key=lambda row: float(row[f"{net}_train"]))
             print(f"{net}, width {width}: best lr {best['lr']}, loss {best[f'{net}_train']}")
-    configs = [coords_config(width, "fixed", "mup", 0) for width in PATCH_COORD_WIDTHS]
-    sizes = [coordinates(replace(cfg, patch=PATCH)) for cfg in configs]
-    for net in NETS:
-        pairs = [[size[key] for size in sizes] for key in sizes[0] if key[0] == net]
-        ratio = max(max(pair) / min(pair) for pair in pairs if min(pair) > 0)
-        print(f"{net}: sizes at widths {PATCH_COORD_WIDTHS} differ by a factor {ratio:.2f} at most")
+    for patch in (1, PATCH):
+        sizes = [mean_coordinates(width, patch) for width in PATCH_COORD_WIDTHS]
+        for net in NETS:
+            pairs = [[size[key] for size in sizes] for key in sizes[0] if key[0] == net]
+            ratio = max(max(pair) / min(pair) for pair in pairs if min(pair) > 0)
+            print(
+                f"patch {patch}, {net}: sizes at widths {PATCH_COORD_WIDTHS} differ by a factor "
+                f"{ratio:.2f} at most"
+            )
+
+
+def mean_coordinates(width: int, patch: int) -> dict[tuple[str, str, int], float]:
+    """As coordinates(), the mean of all seeds."""
+    of_seeds = []
+    for seed in COORD_SEEDS:
+        cfg = replace(coords_config(width, "fixed", "mup", seed), patch=patch)
+        of_seeds.append(coordinates(cfg))
+    return {key: np.mean([sizes[key] for sizes in of_seeds]) for key in of_seeds[0]}
 
 
 if __name__ == "__main__":
