@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 SCORES_PER_BLOCK = 2**21    # 4 MB in bfloat16: in the cache of a few cores
+SHORT = 2**13               # scores of a head up to which blocks cost more than they save
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -21,8 +22,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return fused(q, k, v, scale)
-    n_scores = q.shape[:-1].numel() * k.shape[2]
-    kernel = plain if n_scores <= SCORES_PER_BLOCK else in_blocks
+    is_short = q.shape[2] * k.shape[2] <= SHORT
+    kernel = plain if is_short else in_blocks
     return kernel(q, k, v, scale)
 
 

@@ -61,7 +61,7 @@ def test_the_rule(monkeypatch):
             used.append(name)
             return kernel(*args)
         monkeypatch.setattr(attention, name, spy)
-    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", 2 * 3 * 8 * 8)
+    monkeypatch.setattr(attention, "SHORT", 8 * 8)
     for n, dtype in [(8, torch.float32), (8, torch.bfloat16), (9, torch.bfloat16)]:
         q = torch.randn(2, 3, n, 4, dtype=dtype)
         attention.attend(q, q, q, 1.0)
