@@ -178,14 +178,15 @@ def batch_of(spec: methods.Spec) -> tuple[Tensor, Tensor, Tensor]:
 
 def train_step(device: str | torch.device, spec: methods.Spec) -> tuple[Training, Tensor, list]:
     """As in train_ddpd.train.  -> training, losses, gradients"""
+    device = torch.device(device)
+    cfg = config.Config(**spec.config | dict(dtype="float32"))
     training = training_on(device, spec)
     rng = torch.Generator("cpu").manual_seed(3)
     tasks = methods.make_tasks(spec, *batch_of(spec), rng)
-    tasks = {key: task.to(torch.device(device)) for key, task in tasks.items()}
-    losses = train_ddpd.Losses(training.nets)(tasks)
-    losses.sum().backward()
+    learners = train_ddpd.learners_of(cfg, training, runtime.World(0, 1, device))
+    losses = train_ddpd.backward(cfg, learners, tasks, device, is_last=True)
     gradients = [p.grad.clone() for net in training.nets.values() for p in net.parameters()]
-    train_ddpd.update_weights(config.Config(**spec.config), training)
+    train_ddpd.update_weights(cfg, training)
     return training, losses, gradients
 
 
