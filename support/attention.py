@@ -32,21 +32,24 @@ def fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return (q * scale @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    scores = q * scale @ k.mT
+    probs = scores.softmax(-1)                          # float32 under autocast
+    return probs.to(v.dtype) @ v
 
 
 def in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    heads = [y.flatten(0, 1) for y in (q * scale, k, v)]
-    return blockwise(*heads).unflatten(0, q.shape[:2])
+    scaled_q = q * scale
+    out = blockwise(scaled_q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+    return out.view(q.shape)
 
 
-# Blockwise attention: operators of their own, which torch.compile need not unroll
+# Attention in blocks, as operators whose loops torch.compile does not unroll
 
 
 @torch.library.custom_op("nanoddpd::blockwise_attention", mutates_args=())
 def blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T) v.  q (h, N, d), k and v (h, S, d)  ->  (h, N, d)"""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(q.shape)
     for head, query in blocks(*q.shape[:2], k.shape[1]):
         probs = block_probs(q[head, query], k[head])
         out[head, query] = torch.bmm(probs, v[head])
@@ -58,19 +61,18 @@ def blockwise_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; each block of scores is computed again."""
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k = torch.zeros(k.shape, device=k.device)      # sums over blocks of queries, in float32
-    grad_v = torch.zeros(v.shape, device=v.device)
+    grad_q = q.new_empty(q.shape)
+    grad_k = k.new_zeros(k.shape, dtype=torch.float32)          # sums over blocks of queries
+    grad_v = v.new_zeros(v.shape, dtype=torch.float32)
     for head, query in blocks(*q.shape[:2], k.shape[1]):
-        probs = block_probs(q[head, query], k[head])
-        grad = grad_out[head, query]
-        grad_v[head] += torch.bmm(probs.transpose(1, 2), grad)
-        scores = torch.bmm(grad, v[head].transpose(1, 2))       # gradient of probs, then of scores
-        torch.ops.aten._softmax_backward_data.out(
-            scores, probs, -1, scores.dtype, grad_input=scores
-        )
-        grad_q[head, query] = torch.bmm(scores, k[head])
-        grad_k[head] += torch.bmm(scores.transpose(1, 2), q[head, query])
+        block_q = q[head, query]
+        block_grad = grad_out[head, query]
+        probs = block_probs(block_q, k[head])
+        grad_v[head] += torch.bmm(probs.mT, block_grad)
+        grad_probs = torch.bmm(block_grad, v[head].mT)
+        grad_scores = softmax_backward(grad_probs, probs)
+        grad_q[head, query] = torch.bmm(grad_scores, k[head])
+        grad_k[head] += torch.bmm(grad_scores.mT, block_q)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
@@ -84,8 +86,14 @@ def blocks(n_heads: int, n_queries: int, n_keys: int) -> Iterator[tuple[slice, s
 
 
 def block_probs(q: Tensor, k: Tensor) -> Tensor:
-    scores = torch.bmm(q, k.transpose(1, 2))
+    scores = torch.bmm(q, k.mT)
     return torch.softmax(scores, -1, out=scores)
+
+
+def softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
+    """The gradient of the scores, in place of that of the probabilities."""
+    kernel = torch.ops.aten._softmax_backward_data.out
+    return kernel(grad, probs, -1, grad.dtype, grad_input=grad)
 
 
 def keep_inputs(ctx, inputs, output) -> None:
@@ -98,27 +106,31 @@ def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @blockwise.register_fake
 def _(q, k, v):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return q.new_empty(q.shape)
 
 
 @blockwise_backward.register_fake
 def _(grad_out, q, k, v):
-    return tuple(torch.empty_like(y, memory_format=torch.contiguous_format) for y in (q, k, v))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 blockwise.register_autograd(backward, setup_context=keep_inputs)
 
 
-# What PyTorch's counter of FLOPs makes of them: two products forward, five backward
+# FLOPs for PyTorch's counter: two matrix products forward, five backward
+
+
+def flops_of_product(q_shape, k_shape) -> int:
+    n_heads, n_queries, width = q_shape
+    n_keys = k_shape[1]
+    return 2 * n_heads * n_queries * n_keys * width
 
 
 @register_flop_formula(torch.ops.nanoddpd.blockwise_attention)
 def _(q_shape, k_shape, v_shape, *args, **kwargs) -> int:
-    n_heads, n_queries, width = q_shape
-    return 4 * n_heads * n_queries * k_shape[1] * width
+    return 2 * flops_of_product(q_shape, k_shape)
 
 
 @register_flop_formula(torch.ops.nanoddpd.blockwise_attention_backward)
 def _(grad_shape, q_shape, k_shape, v_shape, *args, **kwargs) -> int:
-    n_heads, n_queries, width = q_shape
-    return 10 * n_heads * n_queries * k_shape[1] * width
+    return 5 * flops_of_product(q_shape, k_shape)
