@@ -1,0 +1,13 @@
+"""GIDD on the faces: parameters and steps of configs/avatars.py in one network, twice as deep.
+
+python train_ddpd.py configs/avatars_gidd.py --compile
+"""
+data = "avatars"
+method = "gidd"
+p_uniform = 0.2         # of .1 and .2 the better one on digits and text
+patch = 2
+n_layer = 8
+n_head = 3
+n_embd = 192
+batch_size = 64
+max_iters = 1800
