@@ -204,3 +204,4 @@ if __name__ == "__main__":
             main(cfg)
         finally:
             runtime.end()
+    runtime.leave_without_shutdown()

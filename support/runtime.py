@@ -159,6 +159,18 @@ def end() -> None:
         dist.destroy_process_group()
 
 
+def leave_without_shutdown() -> None:
+    """End a rank that has done its work, without the shutdown of Python.
+
+    DDP keeps the threads of gloo alive. One that drops its last tensor while Python shuts down
+    waits for an interpreter that is gone, and aborts the process (torch 2.13).
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def pick_device(local_rank: int = 0) -> torch.device:
     return (
         torch.device("cuda", local_rank)

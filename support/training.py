@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -188,10 +189,17 @@ def learners_of(
             net.hidden = torch.compile(net.hidden)
         learners[name] = Learner(net)
         if world.size > 1:
-            learners[name] = nn.parallel.DistributedDataParallel(
-                learners[name], broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            learners[name] = distributed(learners[name])
     return learners
+
+
+def distributed(learner: nn.Module) -> nn.Module:
+    """Average gradients over the processes; buffers are constants and stay."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)      # torch 2.13: another name for it
+        return nn.parallel.DistributedDataParallel(
+            learner, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def backward(
