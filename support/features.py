@@ -6,6 +6,8 @@ None where the data has no classes. Pixels are floats in [0, 1], (n, N) or (n, H
 """
 
 import hashlib
+import itertools
+import math
 import os
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from tqdm import tqdm
 from support import runtime
 
 N_PCA = 64              # components of the pixels
-WIDTH = 64              # channels of the network, and features
-LEAST_SIDE = 4          # of its last feature map, unless the pictures are smaller
+WIDTH = 64              # channels of the last feature map; earlier ones have half of the next
+LEAST_WIDTH = 16
+LEAST_SIDE = 4          # of the last feature map, unless the pictures are smaller
 N_EPOCHS = 10
 MIN_ITERS = 300         # where ten epochs are fewer
 BATCH = 64
@@ -84,11 +87,12 @@ class Classifier(nn.Module):
 
     def __init__(self, side: int, n_classes: int, rng: torch.Generator):
         super().__init__()
-        layers = [nn.Conv2d(3, WIDTH, 3, padding=1)]
-        while side >= 2 * LEAST_SIDE:
-            layers += [nn.GroupNorm(8, WIDTH), nn.ReLU()]
-            layers += [nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1)]
-            side = (side + 1) // 2
+        n_halvings = max(0, math.floor(math.log2(side / LEAST_SIDE)))
+        widths = [max(LEAST_WIDTH, WIDTH >> i) for i in reversed(range(n_halvings + 1))]
+        layers = [nn.Conv2d(3, widths[0], 3, padding=1)]
+        for width, next_width in itertools.pairwise(widths):
+            layers += [nn.GroupNorm(8, width), nn.ReLU()]
+            layers += [nn.Conv2d(width, next_width, 3, stride=2, padding=1)]
         self.body = nn.Sequential(*layers, nn.GroupNorm(8, WIDTH), nn.ReLU())
         self.head = nn.Linear(WIDTH, n_classes)
         for weight in self.parameters():
@@ -110,8 +114,10 @@ def cnn_judge(
     path = folder / f"judge_{digest(pixels, labels)}.pt"
     net = Classifier(min(pixels.shape[1:3]), n_classes, runtime.generator("judge"))
     if path.exists():
-        with runtime.one_line_errors(Exception):        # damaged files raise many kinds
+        try:
             net.load_state_dict(torch.load(path, weights_only=True))
+        except Exception:       # damaged files raise many kinds of exception
+            raise SystemExit(f"{path} is damaged: remove it, and it is trained again") from None
     else:
         print(f"training a classifier of {len(labels)} training pictures as judge: {path}")
         train(net, as_images(pixels), torch.from_numpy(labels))
@@ -143,7 +149,7 @@ def digest(pixels: np.ndarray, labels: np.ndarray) -> str:
     for array in (as_bytes(pixels), labels):
         sha.update(f"{array.shape} {array.dtype}".encode())
         sha.update(np.ascontiguousarray(array).data)
-    sha.update(repr((WIDTH, LEAST_SIDE, N_EPOCHS, MIN_ITERS, BATCH, MAX_LR)).encode())
+    sha.update(repr((WIDTH, LEAST_WIDTH, LEAST_SIDE, N_EPOCHS, MIN_ITERS, BATCH, MAX_LR)).encode())
     return sha.hexdigest()[:12]
 
 
