@@ -23,10 +23,10 @@ N_PCA = 64              # components of the pixels
 WIDTH = 64              # channels of the last feature map; earlier ones have half of the next
 LEAST_WIDTH = 16
 LEAST_SIDE = 4          # of the last feature map, unless the pictures are smaller
-N_EPOCHS = 10
-MIN_ITERS = 300         # where ten epochs are fewer
+N_EPOCHS = 20
+MIN_ITERS = 300         # where the epochs are fewer
 BATCH = 64
-MAX_LR = 3e-3
+MAX_LR = 1e-2
 CHUNK = 500             # pictures that are judged at a time
 
 

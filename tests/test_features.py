@@ -294,6 +294,23 @@ def test_green_skin_is_not_valid(faces):
     assert scores["valid"] == 0 and "novel" not in scores
 
 
+def test_hair_and_skin_go_on_across_parts(faces):
+    """Two colours of hair, or of skin, in parts that are each in order: the joints tell."""
+    train, val = faces
+    hair = val[:, 3, 2]
+    is_long = (hair != 95) & (hair == val[:, 4, 2]) & (hair != val[:, 8, 7])
+    rows = np.arange(16)[:, None]
+    for name, n_rows, colour in (("hair", 4, hair), ("skin", 8, val[:, 8, 7])):
+        whole = val[is_long] if name == "hair" else val
+        colour = colour[is_long] if name == "hair" else colour
+        is_above = (rows < n_rows) & (whole == colour[:, None, None])
+        two_colours = np.where(is_above, 0, whole)
+        assert avatars.validity(two_colours, train)["parts"] > 0.95
+        sites = avatars.JOINTS[name]
+        joined, _ = avatars.known_patterns(flat(two_colours)[:, sites], flat(train)[:, sites])
+        assert (joined >= 0).mean() < 0.1
+
+
 def test_clothes_may_be_changed(faces):
     """Clothes of another face of the same skin, with no hair over them, make new valid faces."""
     train, _ = faces
