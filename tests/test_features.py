@@ -294,21 +294,37 @@ def test_green_skin_is_not_valid(faces):
     assert scores["valid"] == 0 and "novel" not in scores
 
 
-def test_hair_and_skin_go_on_across_parts(faces):
-    """Two colours of hair, or of skin, in parts that are each in order: the joints tell."""
+def test_skin_goes_on_across_parts(faces):
+    """Skin of two colours, each part in order: no such face is valid, and most joints tell.
+
+    Not all do: long hair may cover the forehead, and beards are darker skin.
+    """
+    train, val = faces
+    skin = val[:, 8, 7][:, None, None]
+    is_above = np.arange(16)[:, None] < 8
+    two_colours = np.where(is_above & (val == skin), 0, val)
+    scores = avatars.validity(two_colours, train)
+    assert scores["parts"] > 0.95
+    assert scores["valid"] < 0.02
+    sites = avatars.JOINTS["skin"]
+    ids, _ = avatars.known_patterns(flat(two_colours)[:, sites], flat(train)[:, sites])
+    assert (ids >= 0).mean() < 0.4
+
+
+def test_most_hair_goes_on_across_parts(faces):
+    """A crown in another colour than the hair below is a hat, or a mistake that the joint tells."""
     train, val = faces
     hair = val[:, 3, 2]
     is_long = (hair != 95) & (hair == val[:, 4, 2]) & (hair != val[:, 8, 7])
-    rows = np.arange(16)[:, None]
-    for name, n_rows, colour in (("hair", 4, hair), ("skin", 8, val[:, 8, 7])):
-        whole = val[is_long] if name == "hair" else val
-        colour = colour[is_long] if name == "hair" else colour
-        is_above = (rows < n_rows) & (whole == colour[:, None, None])
-        two_colours = np.where(is_above, 0, whole)
-        assert avatars.validity(two_colours, train)["parts"] > 0.95
-        sites = avatars.JOINTS[name]
-        joined, _ = avatars.known_patterns(flat(two_colours)[:, sites], flat(train)[:, sites])
-        assert (joined >= 0).mean() < 0.1
+    faces_long = val[is_long]
+    is_above = np.arange(16)[:, None] < 4
+    is_crown = is_above & (faces_long == hair[is_long][:, None, None])
+    two_colours = np.where(is_crown, 0, faces_long)
+    sites = avatars.JOINTS["hair"]
+    ids, _ = avatars.known_patterns(flat(two_colours)[:, sites], flat(train)[:, sites])
+    assert (ids >= 0).mean() < 0.7
+    whole, _ = avatars.known_patterns(flat(faces_long)[:, sites], flat(train)[:, sites])
+    assert (whole >= 0).mean() > 0.98
 
 
 def test_clothes_may_be_changed(faces):
