@@ -62,6 +62,7 @@ from support.checkpoint import load_run
 N_BITS = 2048               # sequences behind bits per token, at least
 N_BITS_VIDEO = 512
 N_PLANNER = 1024            # sequences that a planner is judged on
+N_NEIGHBOURS = 10           # samples that are shown over their nearest training pictures
 MAX_LOGITS = 2**27          # at once: samplers hold about six numbers for each
 N_PILOT = 64                # sequences on which a sampler's calls are counted beforehand
 MAX_STEPS_PER_TOKEN = 16    # where more steps hardly make more calls
@@ -69,10 +70,10 @@ FRAME_KEYS = (
     "run", "train_seed", "sampler", "steps", "lag", "stabilization_level", "context_level", "flips",
     "n", "seed",
 )
-# What the plot shows, two by two
+# What the plot shows, where rows have it
 QUALITY = {
     "judge_acc": "judge accuracy", "frechet": "Frechet distance",
-    "shortest": "shortest paths", "valid": "valid paths",
+    "shortest": "shortest paths", "valid": "valid ones",
     "right": "frames exactly right", "intact": "sprite intact",
 }
 # Names of rows that are a sampler with options; temperature_end is a share of the temperature at
@@ -391,6 +392,8 @@ def evaluate(
             settings=settings_of(judged, row, nfe, seed, flags),
         )
         rows.append(out)
+        if isinstance(judged.metrics, metrics.PictureMetrics):
+            draw_neighbours(judged, f"{stage.name}_{nfe}", tokens, labels, decoder)
         if decoder:
             stem = f"{stage.name}_{nfe}_seed{seed}_guidance{flags.guidance or 1:g}"
             write_images(judged, stem, tokens, decoder, flags.batch_size)
@@ -413,6 +416,22 @@ def write_frames(path: Path, row: dict[str, Any], per_frame: dict[str, np.ndarra
         values = {name: round(float(value[frame]), 4) for name, value in per_frame.items()}
         rows.append({key: row[key] for key in FRAME_KEYS} | dict(frame=frame) | values)
     logs.append_rows(path, *rows)
+
+
+def draw_neighbours(
+    judged: Judged, name: str, tokens: np.ndarray, labels: np.ndarray, decoder
+) -> None:
+    """The first samples over their nearest training pictures: RUN/neighbours_NAME.png."""
+    meta = judged.spec.meta
+    tokens = tokens[:N_NEIGHBOURS]
+    nearest, distances = judged.metrics.nearest(tokens)
+    captions = [
+        [render.label_name(label, meta), f"{distance:.0f} of 255 rms"]
+        for label, distance in zip(labels, distances, strict=False)
+    ]
+    pairs = np.stack([tokens, nearest], 1).reshape(len(tokens), 2, *meta["grid"])
+    path = judged.run.folder / f"neighbours_{name}.png"
+    render.pairs_png(path, pairs, captions, meta, decoder)
 
 
 def write_images(judged: Judged, name: str, tokens: np.ndarray, decoder, batch_size: int) -> None:
@@ -439,8 +458,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     if not columns:
         return
     rows = [row for row in rows if columns[0] in row]
+    columns = [column for column in columns if all(column in row for row in rows)]
     x_labels = {"nfe": "network calls (NFE)", "s_per_sample": "seconds per sample"}
-    figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharey="row", layout="constrained")
+    size = (10, 3.5 * len(columns))
+    figure, panels = pyplot.subplots(
+        len(columns), 2, figsize=size, sharey="row", squeeze=False, layout="constrained"
+    )
     for run, sampler in dict.fromkeys((row["run"], row["sampler"]) for row in rows):
         mine = [row for row in rows if (row["run"], row["sampler"]) == (run, sampler)]
         steps = sorted({row["steps"] for row in mine})
@@ -452,8 +475,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             ]
             panel.plot(*means, marker="o", markersize=4, label=f"{Path(run).name}, {sampler}")
             panel.set(xscale="log", xlabel=x_labels[x], ylabel=QUALITY[y])
-    if columns[1] == "frechet":
-        panels[1, 0].set_yscale("log")
+    if "frechet" in columns:
+        panels[columns.index("frechet"), 0].set_yscale("log")
     panels[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -2,20 +2,30 @@
 
 Each class has scores(tokens, labels, real, context_frames) -> {column: value}, details. The details
 are accuracies by class or means by video frame. `val` holds the scores of n_val held-out sequences
-for comparison, or None where they would say nothing.
+for comparison, or None where they would say nothing. The column `features` names what the Frechet
+distance, precision and recall are measured on.
 """
 
 import importlib
+import importlib.util
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from support import features
+
 N_REAL = 10_000         # most real sequences that metrics are fitted to
 N_VAL_TEXT = 500        # most held-out sequences that are scored as text
-N_PCA = 64              # components of the Frechet distance, precision and recall
+N_RANDOM = 64           # directions onto which counts of tokens are projected
+MAX_EMBEDDED = 2**16    # token ids with an embedding of their own there
+N_NEAREST = 50_000      # most training pictures among which copies are looked for
+N_VAL_NEAREST = 1000    # most held-out pictures behind the distance of a copy
+COPY_QUANTILE = 0.01    # share of held-out pictures that are as near
 K_NEAREST = 3           # neighbour that sets the radius of precision and recall
 N_BOOTSTRAP = 2000
 ORDER = 5               # of the byte n-gram
@@ -29,6 +39,7 @@ Scores = tuple[dict[str, float], dict]      # {column: value}, details
 COLUMNS = {
     "judge_acc": ("judge accuracy", ".1%"),
     "worst_class": ("worst class", ".1%"),
+    "features": ("features", ""),
     "frechet": ("Frechet", ".3f"),
     "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"),
@@ -38,8 +49,11 @@ COLUMNS = {
     "class_entropy": ("entropy in a class", ".3f"),
     "distinct": ("distinct", ".1%"),
     "duplicates": ("in the training set", ".1%"),
+    "copies": ("near copies", ".1%"),
     "shortest": ("shortest paths", ".1%"),
     "valid": ("valid ones", ".1%"),
+    "parts": ("parts that occur", ".1%"),
+    "novel": ("of the valid ones new", ".1%"),
     "right": ("frames exactly right", ".1%"),
     "all_right": ("sequences exactly right", ".1%"),
     "intact": ("sprite intact", ".1%"),
@@ -48,10 +62,29 @@ COLUMNS = {
 
 
 class TokenMetrics:
-    """For any data: the entropy of its tokens."""
+    """For any tokens: their entropy, and the Frechet distance between counts of tokens.
 
-    val = None
-    n_val = 0
+    The counts of a sequence are projected onto N_RANDOM random directions.
+    """
+
+    def __init__(self, meta: dict, splits: dict):
+        rng = np.random.default_rng(0)
+        n_rows = min(meta["vocab"], MAX_EMBEDDED)
+        self.embedding = rng.normal(size=(n_rows, N_RANDOM)).astype(np.float32)
+        train_tokens, _ = subset(splits["train"], N_REAL)
+        val_tokens, val_labels = subset(splits["val"], N_REAL)
+        self.real_features = self.count_features(train_tokens)
+        self.train_hashes = sequence_hashes(splits["train"])
+        self.val = self.scores(val_tokens, val_labels)
+        self.n_val = len(val_tokens)
+
+    def count_features(self, tokens: np.ndarray) -> np.ndarray:
+        """The sum of the embeddings of a sequence, over the root of its length.  (n, N) -> (n, d)
+
+        The ids of very large vocabularies share embeddings.
+        """
+        rows = [self.embedding[row % len(self.embedding)].sum(0) for row in tokens]
+        return np.stack(rows) / math.sqrt(tokens.shape[1])
 
     def scores(
         self,
@@ -61,7 +94,13 @@ class TokenMetrics:
         context_frames: int = 0,
     ) -> Scores:
         """tokens (n, N) int  ->  {column: value}, {}"""
-        return {"entropy": round(position_entropy(tokens), 4)}, {}
+        columns = dict(
+            frechet=frechet_distance(self.count_features(tokens), self.real_features),
+            entropy=position_entropy(tokens),
+            distinct=len(np.unique(tokens, axis=0)) / len(tokens),
+            duplicates=share_among(tokens, self.train_hashes),
+        )
+        return rounded(columns) | {"features": "token counts"}, {}
 
 
 class ExactMetrics:
@@ -109,31 +148,75 @@ class ExactMetrics:
 
 
 class PictureMetrics:
-    """For grey pictures with classes: a classifier, and distances in PCA space.
+    """For pictures: a classifier where there are classes, distances between features, copies.
 
-    Both are fitted to the training split; further columns say how varied the samples are.
+    The judge is fitted to the training split: a support vector classifier and PCA for grey
+    pictures with classes, a small CNN for those in colour, PCA alone where there are no classes.
+    to_pixels decodes tokens (n, N) -> (n, H, W, 3) in [0, 1]; without it the palette does.
     """
 
-    def __init__(self, meta: dict, splits: dict):
-        from sklearn.decomposition import PCA
-        from sklearn.svm import SVC
-
-        self.max_level = meta["vocab"] - 1
+    def __init__(
+        self,
+        meta: dict,
+        splits: dict,
+        to_pixels: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        self.meta = meta
+        self.has_classes = meta["n_classes"] > 1
+        self.to_pixels = to_pixels
         train_tokens, train_labels = subset(splits["train"], N_REAL)
         val_tokens, val_labels = subset(splits["val"], N_REAL)
         pixels = self.pixels(train_tokens)
-        n_components = min(N_PCA, *pixels.shape)
-        self.classifier = SVC(C=10.0).fit(pixels, train_labels)
-        self.pca = PCA(n_components, random_state=0).fit(pixels)
-        self.real_features = self.pca.transform(pixels)
+        folder = splits["train"].tokens_file.parent
+        self.judge = self.fit_judge(pixels, train_labels, folder)
+        self.real_features = self.judge.features(pixels)
         self.real_radii = knn_radii(self.real_features)
         self.train_hashes = sequence_hashes(splits["train"])
+        self.validity = find_validity(meta)
+        self.train_tokens, _ = subset(splits["train"], N_NEAREST)
+        self.train_bytes = self.bytes_of(self.train_tokens)
+        self.copy_distance = self.find_copy_distance(splits["val"])
         self.val = self.scores(val_tokens, val_labels)
         self.n_val = len(val_tokens)
 
+    def fit_judge(self, pixels: np.ndarray, labels: np.ndarray, folder: Path):
+        if not self.has_classes:
+            return features.PcaJudge(pixels)
+        if self.is_grey():
+            return features.SvcJudge(pixels, labels)
+        return features.cnn_judge(pixels, labels, self.meta["n_classes"], folder)
+
+    def is_grey(self) -> bool:
+        return self.to_pixels is None and self.meta["palette"] == "grey"
+
     def pixels(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens as grey levels in [0, 1]."""
-        return tokens / self.max_level
+        """tokens (n, N)  ->  (n, N) grey levels or (n, H, W, 3), in [0, 1]"""
+        if self.is_grey():
+            return tokens / (self.meta["vocab"] - 1)
+        if self.to_pixels is not None:
+            return at_most_64(self.to_pixels(tokens))
+        palette = np.array(self.meta["palette"], np.float32) / 255
+        return palette[tokens.reshape(-1, *self.meta["grid"])]
+
+    def bytes_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Pixels as bytes, which take an eighth of the memory.  (n, N) -> (n, d) uint8"""
+        n_parts = math.ceil(len(tokens) / N_REAL)
+        parts = [self.pixels(part) for part in np.array_split(tokens, n_parts)]
+        return np.concatenate([features.as_bytes(features.as_rows(part)) for part in parts])
+
+    def find_copy_distance(self, val: Any) -> float:
+        """The distance to the nearest training picture below which 1 % of held-out ones are."""
+        tokens, _ = subset(val, N_VAL_NEAREST)
+        _, distances = self.nearest(tokens)
+        return float(np.quantile(distances, COPY_QUANTILE))
+
+    def nearest(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest of at most N_NEAREST training pictures.
+
+        tokens (n, N)  ->  their tokens (n, N), RMS distances of pixels (n,), of 255
+        """
+        index, distances = nearest_rows(self.bytes_of(tokens), self.train_bytes)
+        return self.train_tokens[index], distances
 
     def scores(
         self,
@@ -144,28 +227,34 @@ class PictureMetrics:
     ) -> Scores:
         """tokens (n, N) int, the labels asked for (n,)  ->  {column: value}, {class: accuracy}"""
         pixels = self.pixels(tokens)
-        is_right = self.classifier.predict(pixels) == labels
-        lo, hi = bootstrap_interval(is_right)
-        accuracy = {int(c): is_right[labels == c].mean() for c in np.unique(labels)}
-        class_entropies = [position_entropy(tokens[labels == c]) for c in accuracy]
+        columns = {}
+        accuracy = {}
+        if self.has_classes:
+            columns, accuracy = class_scores(self.judge.predict(pixels), labels)
+        columns |= self.feature_scores(self.judge.features(pixels))
+        columns["entropy"] = position_entropy(tokens)
+        if self.has_classes:
+            entropies = [position_entropy(tokens[labels == c]) for c in accuracy]
+            columns["class_entropy"] = np.mean(entropies)
+        columns["distinct"] = len(np.unique(tokens, axis=0)) / len(tokens)
+        columns["duplicates"] = share_among(tokens, self.train_hashes)
+        _, distances = self.nearest(tokens)
+        columns["copies"] = (distances <= self.copy_distance).mean()
+        if self.validity is not None:
+            grid = self.meta["grid"]
+            train = self.train_tokens.reshape(-1, *grid)
+            columns |= self.validity(tokens.reshape(-1, *grid), train)
+        return rounded(columns) | {"features": self.judge.name}, accuracy
 
-        features = self.pca.transform(pixels)
-        is_precise = is_covered(features, self.real_features, self.real_radii)
-        is_recalled = is_covered(self.real_features, features, knn_radii(features))
-        columns = dict(
-            judge_acc=is_right.mean(),
-            lo=lo,
-            hi=hi,
-            worst_class=min(accuracy.values()),
-            frechet=frechet_distance(features, self.real_features),
+    def feature_scores(self, points: np.ndarray) -> dict[str, float]:
+        """Frechet distance to the training pictures, precision and recall.  points (n, d)"""
+        is_precise = is_covered(points, self.real_features, self.real_radii)
+        is_recalled = is_covered(self.real_features, points, knn_radii(points))
+        return dict(
+            frechet=frechet_distance(points, self.real_features),
             precision=is_precise.mean(),
             recall=is_recalled.mean(),
-            entropy=position_entropy(tokens),
-            class_entropy=np.mean(class_entropies),
-            distinct=len(np.unique(tokens, axis=0)) / len(tokens),
-            duplicates=share_among(tokens, self.train_hashes),
         )
-        return rounded(columns), accuracy
 
 
 class TextMetrics:
@@ -221,16 +310,63 @@ class TextMetrics:
 
 
 def metrics_for(
-    meta: dict, splits: dict
+    meta: dict, splits: dict, to_pixels: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> TokenMetrics | ExactMetrics | PictureMetrics | TextMetrics:
-    """The metrics that suit the data: its own exact score, text, grey pictures, or any tokens."""
+    """The metrics that suit the data: its own exact score, text, pictures, or any tokens.
+
+    to_pixels (n, N) -> (n, H, W, 3) in [0, 1] makes pictures of tokens without a palette.
+    """
+    palette = meta["palette"]
     if meta.get("score"):
         return ExactMetrics(meta)
-    if meta["palette"] == "text":
+    if palette == "text":
         return TextMetrics(splits)
-    if meta["palette"] == "grey" and meta["n_classes"] > 1:
-        return PictureMetrics(meta, splits)
-    return TokenMetrics()
+    is_flat = len(meta["grid"]) == 2
+    if to_pixels or (is_flat and (palette == "grey" or isinstance(palette, list))):
+        return PictureMetrics(meta, splits, to_pixels)
+    return TokenMetrics(meta, splits)
+
+
+def find_validity(meta: dict) -> Callable[[np.ndarray, np.ndarray], dict[str, float]] | None:
+    """validity(tokens, train_tokens) of the source module that made the data, if it has one."""
+    name = meta["name"]
+    if not name.isidentifier() or importlib.util.find_spec(f"sources.{name}") is None:
+        return None
+    source = importlib.import_module(f"sources.{name}")
+    is_made_there = getattr(source, "MAKES_ITSELF", False)
+    if not is_made_there or meta["grid"] != [source.SIZE, source.SIZE]:
+        return None
+    return getattr(source, "validity", None)
+
+
+def class_scores(predicted: np.ndarray, labels: np.ndarray) -> Scores:
+    """How often the judge names the class asked for, with its 95 % interval.
+
+    predicted and labels (n,)  ->  {column: value}, {class: accuracy}
+    """
+    is_right = predicted == labels
+    lo, hi = bootstrap_interval(is_right)
+    accuracy = {int(c): is_right[labels == c].mean() for c in np.unique(labels)}
+    worst_class = min(accuracy.values())
+    return dict(judge_acc=is_right.mean(), lo=lo, hi=hi, worst_class=worst_class), accuracy
+
+
+def at_most_64(pixels: np.ndarray) -> np.ndarray:
+    """Average over 2x2 pixels until both sides are at most 64.  (n, H, W, 3) -> (n, h, w, 3)"""
+    while max(pixels.shape[1:3]) > 64:
+        n, h, w, c = pixels.shape
+        blocks = pixels[:, :h // 2 * 2, :w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
+        pixels = blocks.mean((2, 4))
+    return pixels
+
+
+def nearest_rows(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest row of b for each of a.  (n, d), (m, d) -> index (n,), RMS distances (n,)"""
+    from sklearn.metrics import pairwise_distances_argmin
+
+    index = pairwise_distances_argmin(a.astype(np.float32), b.astype(np.float32))
+    errors = a.astype(np.float64) - b[index]        # exact: a copy has distance 0
+    return index, np.sqrt((errors**2).mean(1))
 
 
 def rounded(columns: dict) -> dict:
@@ -268,6 +404,8 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of points (n, d) and (m, d)."""
+    if min(len(a), len(b)) < 2:         # no covariance
+        return math.nan
     cov_a = np.cov(a, rowvar=False)
     cov_b = np.cov(b, rowvar=False)
     squared_shift = ((a.mean(0) - b.mean(0)) ** 2).sum()

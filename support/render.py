@@ -605,3 +605,29 @@ def write_gif(path: str, frames: list[np.ndarray], fps: int, hold_s: float) -> N
         loop=0,
         optimize=True,
     )
+
+
+def pairs_png(
+    path: str | Path,
+    pairs: np.ndarray,
+    captions: Sequence[tuple[str, str]],
+    meta: dict,
+    decoder: Decoder | None = None,
+) -> None:
+    """Write pairs of pictures in a row, one above the other, each under its caption.
+
+    pairs (n, 2, *grid), captions n pairs of texts
+    """
+    n = len(pairs)
+    tiles = pictures(pairs.reshape(-1, *meta["grid"]), meta, decoder)       # (2n, H, W, 3)
+    height, width = tiles.shape[1:3]
+    cell_w = width + GAP
+    cell_h = height + CAPTION_H + GAP
+    canvas = Canvas(GAP + n * cell_w, GAP + 2 * cell_h)
+    for i in range(n):
+        x = GAP + i * cell_w
+        for row in range(2):
+            y = GAP + row * cell_h
+            canvas.text(captions[i][row], x + width // 2, y, 14, "ma")
+            canvas.paste(tiles[2 * i + row], x, y + CAPTION_H)
+    canvas.image.save(path)

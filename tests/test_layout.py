@@ -30,13 +30,13 @@ DIFFUSION = {
 SUPPORT = {
     f"support.{name}"
     for name in """
-        runtime logs checkpoint training meters validate attention chunked_head metrics render
-        diagnostics timing
+        runtime logs checkpoint training meters validate attention chunked_head metrics features
+        render diagnostics timing
     """.split()
 }
 BY_THEMSELVES = {
     "config", "data", "diffusion.processes",
-    "support.attention", "support.render", "support.metrics", "support.chunked_head",
+    "support.attention", "support.render", "support.chunked_head",
     "support.runtime",
 }
 
@@ -132,6 +132,11 @@ def test_support_imports_no_script():
     allowed = DIFFUSION | SUPPORT | {"config", "data", "model", "methods"}
     for name in sorted(SUPPORT):
         assert imports_of(name) <= allowed, name
+
+
+def test_metrics_import_features_alone():
+    assert imports_of("support.metrics") == {"support.features"}
+    assert imports_of("support.features") == {"support.runtime"}
 
 
 def test_sources_import_sources_alone():
