@@ -59,10 +59,11 @@ class Make:
     image_size: int = 0     # tokens per side, if the source quantises images; 0: its default
     grey_levels: int = 0    # grey levels, if the source quantises images; 0: its default
     palette: int = 0        # colours, if the source reads pictures in colour; 0: its default
+    encoder: str = ""       # pictures: TorchScript file of an image tokenizer's encoder; it is run
     group_by: str = ""      # pictures: names that agree up to this text are held out together
     length: int = 0         # bytes per sequence, if the source is text; 0: its default
-    vocab: int = 0          # vocabulary size, if the file holds tokens; 0: the largest id plus one
-    tokenizer: str = ""     # tokenizer of the file's tokens: warns about ids that it cannot produce
+    vocab: int = 0          # vocabulary size of a token file or an encoder; 0: found in it
+    tokenizer: str = ""     # tokenizer of the file's tokens or of the encoder: knows its vocabulary
     stochastic: bool = False    # bounce: draw a new velocity at every wall
 
 
