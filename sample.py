@@ -347,7 +347,7 @@ def main(flags: Flags) -> None:
     run = load_run(flags.run, device)
     runtime.freeze(run.nets, device, run.spec.config["dtype"])
     flags = check_flags(flags, run.spec)
-    decoder = render.load_decoder(flags.decoder, run.spec.meta, device) if flags.decoder else None
+    decoder = render.find_decoder(flags.decoder, run.folder, run.spec.meta, device)
     start = starting_point(flags, run.spec)
     stages = plan_stages(flags, run.spec)
     began = time.perf_counter()

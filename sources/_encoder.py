@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sources import tokens as token_files
 
@@ -16,6 +15,7 @@ class Encoder:
 
     def __init__(self, path: str, size: int, options) -> None:
         self.path = Path(path)
+        self.has_decoder = False
         if not self.path.is_file():
             raise SystemExit(f"no file {path!r}: name a TorchScript file with --encoder")
         try:
@@ -59,8 +59,20 @@ class Encoder:
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Encode in batches.  (n, S, S, 3) uint8 -> (n, h, w) int64"""
         starts = range(0, len(pixels), BATCH)
-        bar = tqdm(starts, "encoding", unit=f" x {BATCH} pictures", leave=False)
-        return np.concatenate([self(pixels[start:start + BATCH]) for start in bar])
+        return np.concatenate([self(pixels[start:start + BATCH]) for start in starts])
+
+    @torch.no_grad()
+    def check_decoder(self, path: Path) -> None:
+        """Require a decoder that makes a picture of the largest id."""
+        ids = torch.full((1, *self.grid), self.vocab - 1)
+        try:
+            out = torch.jit.load(str(path), map_location="cpu")(ids)
+        except Exception as error:      # TorchScript raises many types
+            raise SystemExit(f"decoder {path} cannot decode tokens of vocabulary {self.vocab}: "
+                             f"{first_line(error)}") from None
+        if not isinstance(out, torch.Tensor) or out.dim() != 4 or out.shape[1] != 3:
+            raise SystemExit(f"decoder {path} does not decode to images (n, 3, H, W)")
+        self.has_decoder = True
 
 
 def vocabulary(module: torch.jit.ScriptModule, options) -> int:

@@ -73,9 +73,13 @@ def make(options) -> tuple[dict, Iterator]:
         "given": [],
     }
     if options.encoder:
+        import data
         from sources._encoder import Encoder
 
         encoder = Encoder(options.encoder, size, options)
+        decoder = data.decoder_beside(options)
+        if decoder:
+            encoder.check_decoder(decoder)
         meta |= {"vocab": encoder.vocab, "grid": list(encoder.grid), "palette": "any"}
         return meta, encoded_chunks(splits, size, encoder, unreadable)
     palette = find_palette(splits["train"], size, n_colours)
@@ -318,8 +322,9 @@ def encoded_chunks(
             if is_empty:
                 raise SystemExit(f"none of {len(pictures)} {split} pictures can be read")
     report_unreadable(unreadable)
-    print(f"tokens have no colours of their own: see pictures with --decoder, "
-          f"as {encoder.path.with_name('decoder.jit')}")
+    if not encoder.has_decoder:
+        print("no decoder.jit lies beside the encoder: tokens are shown in colours of no meaning, "
+              "unless --decoder names one")
 
 
 def report_unreadable(paths: list[Path]) -> None:

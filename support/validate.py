@@ -185,10 +185,15 @@ def draw_samples(
                 frames.append(render_frame(state, spec.grid))
     folder = Path(cfg.out_dir)
     tokens = state.x.view(-1, *spec.grid).cpu().numpy()
-    render.samples_png(folder / "samples.png", tokens, label.tolist(), spec.meta)
+    decoder = None
+    try:
+        decoder = render.find_decoder("", folder, spec.meta, device)
+    except SystemExit as error:     # pictures never end a training
+        print(f"tokens are shown without their decoder: {error}")
+    render.samples_png(folder / "samples.png", tokens, label.tolist(), spec.meta, decoder)
     if log.wandb:
         render.write_video(
-            folder / "planner", render.planner_frames(frames, label.tolist(), spec.meta)
+            folder / "planner", render.planner_frames(frames, label.tolist(), spec.meta, decoder)
         )
         log.media(it, samples=folder / "samples.png", planner=folder / "planner.mp4")
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import data
 from sources import images
+from support import render
 
 
 class CosmosLike(torch.nn.Module):
@@ -95,3 +96,52 @@ def test_refusals(module, options, text):
         make(module(), **options)
     assert text in str(error.value) and "\n" not in str(error.value)
     assert not Path("data/made").exists()
+
+
+class Decoder(torch.nn.Module):
+    """Each id as a grey 8x8 patch."""
+
+    def __init__(self, largest: int = 2**31):
+        super().__init__()
+        self.largest = largest
+
+    def forward(self, ids):
+        assert int(ids.max()) < self.largest
+        grey = (ids.float() / 100 - 1).to(torch.bfloat16)
+        patches = grey.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        return patches[:, None].expand(-1, 3, -1, -1)
+
+
+def test_decoder_travels_and_a_changed_one_is_refused(tmp_path):
+    torch.jit.script(Decoder()).save("decoder.jit")
+    meta, _ = make(CosmosLike(), vocab=64_000)
+    run = tmp_path / "run"
+    run.mkdir()
+    data.copy_decoder(data.ROOT / "made", run, meta)
+    decoder = render.find_decoder("", run, meta, "cpu")
+    pictures = render.pictures(np.full((1, 32, 32), 200), meta, decoder)
+    assert pictures.shape == (1, 256, 256, 3) and (pictures == 255).all()
+    with open(run / "decoder.jit", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(SystemExit, match="decoder.jit has changed"):
+        render.find_decoder("", run, meta, "cpu")
+    (run / "decoder.jit").unlink()
+    with pytest.raises(SystemExit, match="missing"):
+        render.find_decoder("", run, meta, "cpu")
+
+
+def test_decoder_of_another_vocabulary_is_refused():
+    torch.jit.script(Decoder(100)).save("decoder.jit")
+    with pytest.raises(SystemExit, match="cannot decode tokens of vocabulary 300"):
+        make(CosmosLike(), vocab=300)
+
+
+@pytest.mark.parametrize("entry", [
+    "decoder.jit",
+    {"file": "../decoder.jit", "sha256": "0" * 64},
+    {"file": "decoder.jit", "sha256": "0" * 63},
+])
+def test_meta_names_a_plain_file_and_its_digest(entry):
+    meta, _ = make(CosmosLike(), vocab=300)
+    assert data.meta_error(meta) == ""
+    assert data.meta_error(meta | {"decoder": entry}).startswith("decoder")
