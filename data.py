@@ -24,7 +24,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -63,7 +63,7 @@ class Make:
     grey_levels: int = 0    # grey levels, if the source quantises images; 0: its default
     palette: int = 0        # colours, if the source reads pictures in colour; 0: its default
     encoder: str = ""       # pictures: TorchScript file of an image tokenizer's encoder; it is run
-    decoder: str = ""       # with --encoder: its decoder; "": decoder.jit beside it, if there is one
+    decoder: str = ""       # with --encoder: its decoder; "": decoder.jit beside it, if any
     group_by: str = ""      # pictures: names that agree up to this text are held out together
     length: int = 0         # bytes per sequence, if the source is text; 0: its default
     vocab: int = 0          # vocabulary size of a token file or an encoder; 0: found in it
@@ -540,8 +540,9 @@ def make(source: ModuleType, folder: Path, options: Make) -> None:
 
 def make_folder(source: ModuleType, folder: Path, options: Make) -> None:
     """Raises OSError where a file cannot be read or written."""
-    meta, chunks = source.make(options)     # chunks: (split, tokens (m, *grid), labels (m,))
     decoder = decoder_beside(options)
+    options = replace(options, decoder=str(decoder or ""))
+    meta, chunks = source.make(options)     # chunks: (split, tokens (m, *grid), labels (m,))
     if decoder:
         meta["decoder"] = {"file": "decoder.jit", "sha256": file_sha256(decoder)}
     message = meta_error(meta)

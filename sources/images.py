@@ -73,13 +73,11 @@ def make(options) -> tuple[dict, Iterator]:
         "given": [],
     }
     if options.encoder:
-        import data
         from sources._encoder import Encoder
 
         encoder = Encoder(options.encoder, size, options)
-        decoder = data.decoder_beside(options)
-        if decoder:
-            encoder.check_decoder(decoder)
+        if options.decoder:
+            encoder.check_decoder(Path(options.decoder))
         meta |= {"vocab": encoder.vocab, "grid": list(encoder.grid), "palette": "any"}
         return meta, encoded_chunks(splits, size, encoder, unreadable)
     palette = find_palette(splits["train"], size, n_colours)

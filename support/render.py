@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import data
-
 MAX_FRAMES = 240        # longer runs are thinned to about this many frames
 
 # Sizes in pixels
@@ -155,14 +153,6 @@ def load_decoder(path: str, meta: dict, device: torch.device | str) -> Decoder:
     if out.dim() != 4 or out.shape[1] != 3:
         raise SystemExit(f"{path} decodes to {tuple(out.shape)}, not to images (n, 3, H, W)")
     return lambda tokens: decoder(tokens.to(device).long())
-
-
-def find_decoder(
-    path: str, folder: Path, meta: dict, device: torch.device | str
-) -> Decoder | None:
-    """The decoder that a flag names, or else the one kept in the run's folder, if any."""
-    chosen = path or data.checked_decoder(folder, meta)
-    return load_decoder(str(chosen), meta, device) if chosen else None
 
 
 def heat(p: np.ndarray) -> np.ndarray:

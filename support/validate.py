@@ -160,6 +160,14 @@ def validate_and_log(
 
 
 @torch.no_grad()
+def find_decoder(
+    path: str, folder: Path, meta: dict, device: torch.device | str
+) -> render.Decoder | None:
+    """The decoder that a flag names, or else the one kept in the run's folder, if any."""
+    chosen = path or data.checked_decoder(folder, meta)
+    return render.load_decoder(str(chosen), meta, device) if chosen else None
+
+
 def draw_samples(
     cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
     log: logs.Log, device: torch.device, n: int,
@@ -187,7 +195,7 @@ def draw_samples(
     tokens = state.x.view(-1, *spec.grid).cpu().numpy()
     decoder = None
     try:
-        decoder = render.find_decoder("", folder, spec.meta, device)
+        decoder = find_decoder("", folder, spec.meta, device)
     except SystemExit as error:     # pictures never end a training
         print(f"tokens are shown without their decoder: {error}")
     render.samples_png(folder / "samples.png", tokens, label.tolist(), spec.meta, decoder)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 from sources import images
-from support import render
+from support import render, validate
 
 
 class CosmosLike(torch.nn.Module):
@@ -118,16 +118,16 @@ def test_decoder_travels_and_a_changed_one_is_refused(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     data.copy_decoder(data.ROOT / "made", run, meta)
-    decoder = render.find_decoder("", run, meta, "cpu")
+    decoder = validate.find_decoder("", run, meta, "cpu")
     pictures = render.pictures(np.full((1, 32, 32), 200), meta, decoder)
     assert pictures.shape == (1, 256, 256, 3) and (pictures == 255).all()
     with open(run / "decoder.jit", "ab") as file:
         file.write(b"more")
-    with pytest.raises(SystemExit, match="decoder.jit has changed"):
-        render.find_decoder("", run, meta, "cpu")
+    with pytest.raises(SystemExit, match=r"decoder\.jit has changed"):
+        validate.find_decoder("", run, meta, "cpu")
     (run / "decoder.jit").unlink()
     with pytest.raises(SystemExit, match="missing"):
-        render.find_decoder("", run, meta, "cpu")
+        validate.find_decoder("", run, meta, "cpu")
 
 
 def test_decoder_of_another_vocabulary_is_refused():
