@@ -12,16 +12,19 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import hashlib
 import importlib
 import io
 import json
 import math
 import os
+import re
 import reprlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -59,10 +62,12 @@ class Make:
     image_size: int = 0     # tokens per side, if the source quantises images; 0: its default
     grey_levels: int = 0    # grey levels, if the source quantises images; 0: its default
     palette: int = 0        # colours, if the source reads pictures in colour; 0: its default
+    encoder: str = ""       # pictures: TorchScript file of an image tokenizer's encoder; it is run
+    decoder: str = ""       # with --encoder: its decoder; "": decoder.jit beside it, if any
     group_by: str = ""      # pictures: names that agree up to this text are held out together
     length: int = 0         # bytes per sequence, if the source is text; 0: its default
-    vocab: int = 0          # vocabulary size, if the file holds tokens; 0: the largest id plus one
-    tokenizer: str = ""     # tokenizer of the file's tokens: warns about ids that it cannot produce
+    vocab: int = 0          # vocabulary size of a token file or an encoder; 0: found in it
+    tokenizer: str = ""     # tokenizer of the file's tokens or of the encoder: knows its vocabulary
     stochastic: bool = False    # bounce: draw a new velocity at every wall
 
 
@@ -180,7 +185,7 @@ def meta_error(meta: object) -> str:
     for key, kind in META_TYPES.items():
         if not isinstance(meta, dict) or not has_type(meta.get(key), kind):
             return f"{key} is missing or of the wrong type"
-    return size_error(meta) or display_error(meta) or score_error(meta)
+    return size_error(meta) or display_error(meta) or score_error(meta) or decoder_error(meta)
 
 
 def has_type(value: object, kind: type | tuple[type, ...]) -> bool:
@@ -231,6 +236,21 @@ def score_error(meta: dict) -> str:
         return f"score {shown(score)} names no file in sources/"
     if not isinstance(is_certain, bool) or (is_certain and not score):
         return f"is_certain is {shown(is_certain)}; it must be true or false, and needs a score"
+    return ""
+
+
+def decoder_error(meta: dict) -> str:
+    """What is wrong with the entry of the decoder, which is optional."""
+    if "decoder" not in meta:
+        return ""
+    entry = meta["decoder"]
+    if not isinstance(entry, dict) or entry.keys() != {"file", "sha256"}:
+        return f"decoder {shown(entry)} is not a file and its sha256"
+    name = entry["file"]
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+        return f"decoder {shown(name)} is not a plain file name"
+    if not isinstance(entry["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+        return f"decoder has the sha256 {shown(entry['sha256'])}, not 64 hex digits"
     return ""
 
 
@@ -311,6 +331,49 @@ def suggestion(name: str) -> str:
     if close:
         return f"did you mean {close[0]}?"
     return f"sources: {', '.join(source_names())}"
+
+
+# Decoder
+
+
+def decoder_beside(options: Make) -> Path | None:
+    """The decoder to keep with the data: --decoder, or decoder.jit beside the encoder."""
+    if options.decoder and not options.encoder:
+        raise SystemExit("--decoder belongs to --encoder: name both")
+    if options.decoder:
+        require_file(Path(options.decoder))
+        return Path(options.decoder)
+    path = Path(options.encoder).with_name("decoder.jit") if options.encoder else None
+    return path if path and path.is_file() else None
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked_decoder(folder: Path, meta: dict) -> Path | None:
+    """The decoder kept in a folder of data or of a run, refused if it has changed."""
+    if "decoder" not in meta:
+        return None
+    path = folder / meta["decoder"]["file"]
+    require_file(path)
+    if file_sha256(path) != meta["decoder"]["sha256"]:
+        raise SystemExit(f"{path} has changed: its sha256 is not that of meta.json")
+    return path
+
+
+def copy_decoder(source: Path, folder: Path, meta: dict) -> None:
+    """Copy the decoder from one folder to another, unless it is there."""
+    path = checked_decoder(source, meta)
+    if path is None:
+        return
+    target = folder / path.name
+    if target.is_file() and file_sha256(target) == meta["decoder"]["sha256"]:
+        return
+    scratch = folder / f".{path.name}.tmp"
+    shutil.copyfile(path, scratch)
+    scratch.replace(target)
 
 
 # Known tokens
@@ -477,7 +540,11 @@ def make(source: ModuleType, folder: Path, options: Make) -> None:
 
 def make_folder(source: ModuleType, folder: Path, options: Make) -> None:
     """Raises OSError where a file cannot be read or written."""
+    decoder = decoder_beside(options)
+    options = replace(options, decoder=str(decoder or ""))
     meta, chunks = source.make(options)     # chunks: (split, tokens (m, *grid), labels (m,))
+    if decoder:
+        meta["decoder"] = {"file": "decoder.jit", "sha256": file_sha256(decoder)}
     message = meta_error(meta)
     if message:
         raise SystemExit(f"{folder} cannot be made: {message}")
@@ -485,6 +552,8 @@ def make_folder(source: ModuleType, folder: Path, options: Make) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}_") as scratch:
         new_folder = Path(scratch) / folder.name
         n_rows = write_folder(new_folder, meta, chunks)
+        if decoder:
+            shutil.copyfile(decoder, new_folder / "decoder.jit")
         try:
             new_folder.rename(folder)
         except OSError:

@@ -58,6 +58,7 @@ import methods
 from diffusion import forcing, samplers
 from support import diagnostics, logs, metrics, render, runtime
 from support.checkpoint import load_run
+from support.validate import find_decoder
 
 N_BITS = 2048               # sequences behind bits per token, at least
 N_BITS_VIDEO = 512
@@ -567,9 +568,7 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
     names = list(flags.samplers) or list(spec.method.samplers)[:1]
     budgets = flags.nfe or ((8,) if spec.is_video else (64,))
     check_run(judged, names, budgets, flags)
-    decoder = None
-    if flags.decoder:
-        decoder = render.load_decoder(flags.decoder, spec.meta, judged.run.device)
+    decoder = find_decoder(flags.decoder, folder, spec.meta, judged.run.device)
     bits = judged.bits()
     print(f"{folder}, iteration {judged.run.it}: {describe_bits(bits)}")
     if judged.metrics.val:

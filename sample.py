@@ -53,7 +53,7 @@ import data
 import methods
 from support import render, runtime
 from support.checkpoint import Run, load_run
-from support.validate import render_frame
+from support.validate import find_decoder, render_frame
 
 N_STEPS = 64
 N_STEPS_PER_FRAME = 4       # of a video
@@ -347,7 +347,7 @@ def main(flags: Flags) -> None:
     run = load_run(flags.run, device)
     runtime.freeze(run.nets, device, run.spec.config["dtype"])
     flags = check_flags(flags, run.spec)
-    decoder = render.load_decoder(flags.decoder, run.spec.meta, device) if flags.decoder else None
+    decoder = find_decoder(flags.decoder, run.folder, run.spec.meta, device)
     start = starting_point(flags, run.spec)
     stages = plan_stages(flags, run.spec)
     began = time.perf_counter()

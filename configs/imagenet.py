@@ -1,6 +1,7 @@
 """ImageNet, 32x32 tokens of the Cosmos DI8x8 tokenizer, the large network.
 
-python data.py tokens --file F.safetensors --name imagenet --vocab 64000 --tokenizer cosmos_di8x8
+python data.py images --folder F --image-size 256 --name imagenet --tokenizer cosmos_di8x8 \\
+    --encoder Cosmos-Tokenizer-DI8x8/encoder.jit
 torchrun --nproc_per_node=8 train_ddpd.py configs/imagenet.py
 18.9 GiB and 59 TFLOP per iteration and process, by formula; not run on a GPU yet.
 """

@@ -141,6 +141,7 @@ def pack(folder: str, path: Path = PACKED) -> None:
     The tokens are those of `python data.py images --folder FOLDER --image-size 16 --palette 96`.
     """
     options = SimpleNamespace(
+        encoder="",
         folder=folder, name="avatars", image_size=SIZE, palette=N_COLOURS, group_by=""
     )
     meta, chunks = images.make(options)

@@ -1,6 +1,10 @@
 """A folder of pictures, each pixel the nearest of K colours that k-means finds.
 
 python data.py images --folder F [--image-size S] [--palette K] [--group-by TEXT] [--name NAME]
+python data.py images --folder F [--image-size S] --encoder encoder.jit [--vocab V] [--name NAME]
+
+With --encoder the tokens are those of an image tokenizer, a TorchScript module from images
+(n, 3, S, S) in [-1, 1] to ids (n, h, w), or to a tuple that begins with them.
 
 F holds pictures, or one folder of pictures per class. A tenth is held out. Files whose names agree
 up to TEXT are held out together: with --group-by _, 12_a.png and 12_b.png stay in one split.
@@ -54,22 +58,30 @@ def make(options) -> tuple[dict, Iterator]:
     for name, value in (("image_size", size), ("palette", n_colours)):
         if value < 2:
             raise SystemExit(f"{name} is {value}; it must be at least 2")
+    if options.palette and options.encoder:
+        raise SystemExit("--palette and --encoder exclude each other: choose one")
     if not os.path.isdir(options.folder):
         raise SystemExit(f"no folder {options.folder!r}: name a folder of pictures with --folder F")
     folder = Path(options.folder)
     paths, unreadable = check_headers(folder, find_pictures(folder), size)
     class_names = sorted({class_name(path) for path in paths if path.parent != folder})
     splits = split_pictures(folder, paths, class_names, options.group_by)
-    palette = find_palette(splits["train"], size, n_colours)
     meta = {
         "name": options.name or folder_name(options),
-        "vocab": len(palette),
-        "grid": [size, size],
         "n_classes": len(class_names),
         "class_names": class_names,
-        "palette": palette.tolist(),
         "given": [],
     }
+    if options.encoder:
+        from sources._encoder import Encoder
+
+        encoder = Encoder(options.encoder, size, options)
+        if options.decoder:
+            encoder.check_decoder(Path(options.decoder))
+        meta |= {"vocab": encoder.vocab, "grid": list(encoder.grid), "palette": "any"}
+        return meta, encoded_chunks(splits, size, encoder, unreadable)
+    palette = find_palette(splits["train"], size, n_colours)
+    meta |= {"vocab": len(palette), "grid": [size, size], "palette": palette.tolist()}
     return meta, token_chunks(splits, size, palette, unreadable)
 
 
@@ -288,11 +300,34 @@ def token_chunks(
                 yield split, tokens, labels
             if n_values == n_before:
                 raise SystemExit(f"none of {len(pictures)} {split} pictures can be read")
-    if unreadable:
-        print(f"{len(unreadable)} files cannot be read and are left out: "
-              f"{first_names(unreadable)}")
+    report_unreadable(unreadable)
     rms = (squared_errors / n_values) ** 0.5
     print(f"{len(palette)} colours, {rms:.1f} of 255 rms from those of the pictures")
+
+
+def encoded_chunks(
+    splits: dict[str, list[Picture]], size: int, encoder, unreadable: list[Path]
+) -> Iterator[tuple]:
+    """Read and encode all pictures.  yields (split, tokens (m, h, w), labels (m,))"""
+    unreadable = list(unreadable)
+    n_pictures = sum(map(len, splits.values()))
+    with tqdm(total=n_pictures, desc="pictures", unit=" pictures") as bar:
+        for split, pictures in splits.items():
+            is_empty = True
+            for pixels, labels in pixel_chunks(pictures, size, unreadable, bar):
+                yield split, encoder.encode(pixels), labels
+                is_empty = False
+            if is_empty:
+                raise SystemExit(f"none of {len(pictures)} {split} pictures can be read")
+    report_unreadable(unreadable)
+    if not encoder.has_decoder:
+        print("no decoder.jit lies beside the encoder: tokens are shown in colours of no meaning, "
+              "unless --decoder names one")
+
+
+def report_unreadable(paths: list[Path]) -> None:
+    if paths:
+        print(f"{len(paths)} files cannot be read and are left out: {first_names(paths)}")
 
 
 def pixel_chunks(

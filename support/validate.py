@@ -160,6 +160,14 @@ def validate_and_log(
 
 
 @torch.no_grad()
+def find_decoder(
+    path: str, folder: Path, meta: dict, device: torch.device | str
+) -> render.Decoder | None:
+    """The decoder that a flag names, or else the one kept in the run's folder, if any."""
+    chosen = path or data.checked_decoder(folder, meta)
+    return render.load_decoder(str(chosen), meta, device) if chosen else None
+
+
 def draw_samples(
     cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
     log: logs.Log, device: torch.device, n: int,
@@ -185,10 +193,15 @@ def draw_samples(
                 frames.append(render_frame(state, spec.grid))
     folder = Path(cfg.out_dir)
     tokens = state.x.view(-1, *spec.grid).cpu().numpy()
-    render.samples_png(folder / "samples.png", tokens, label.tolist(), spec.meta)
+    decoder = None
+    try:
+        decoder = find_decoder("", folder, spec.meta, device)
+    except SystemExit as error:     # pictures never end a training
+        print(f"tokens are shown without their decoder: {error}")
+    render.samples_png(folder / "samples.png", tokens, label.tolist(), spec.meta, decoder)
     if log.wandb:
         render.write_video(
-            folder / "planner", render.planner_frames(frames, label.tolist(), spec.meta)
+            folder / "planner", render.planner_frames(frames, label.tolist(), spec.meta, decoder)
         )
         log.media(it, samples=folder / "samples.png", planner=folder / "planner.mp4")
 
