@@ -9,5 +9,5 @@ patch = 2
 n_layer = 4
 n_head = 3              # head width 64: narrower ones are slower on a CPU
 n_embd = 192
-batch_size = 64
-max_iters = 1800
+batch_size = 16
+max_iters = 8000

@@ -159,7 +159,6 @@ def validate_and_log(
     return f"{it:>6}: " + ", ".join([*words, f"{size.n_sequences} sequences, {seconds} s"])
 
 
-@torch.no_grad()
 def find_decoder(
     path: str, folder: Path, meta: dict, device: torch.device | str
 ) -> render.Decoder | None:
@@ -168,6 +167,7 @@ def find_decoder(
     return render.load_decoder(str(chosen), meta, device) if chosen else None
 
 
+@torch.no_grad()
 def draw_samples(
     cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
     log: logs.Log, device: torch.device, n: int,

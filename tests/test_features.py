@@ -41,7 +41,7 @@ def make_squares(name, **change):
     if not meta["n_classes"]:
         chunks = [(split, tokens, 0 * labels) for split, tokens, labels in chunks]
     source = SimpleNamespace(make=lambda options: (meta, chunks))
-    data.make(source, data.ROOT / name, None)
+    data.make(source, data.ROOT / name, data.Make(name))
     return data.load(name, SIDE, 0)
 
 

@@ -18,10 +18,11 @@ import config
 import data
 import evaluate
 import sample
+import tokenizer
 
 # Modules and their imports
 
-SCRIPTS = {"train_ddpd", "sample", "evaluate", "bench"}
+SCRIPTS = {"train_ddpd", "sample", "evaluate", "bench", "tokenizer"}
 TOP_LEVEL = {"config", "model", "data", "methods"} | SCRIPTS
 DIFFUSION = {
     f"diffusion.{name}"
@@ -274,6 +275,7 @@ FLAG_CLASSES = {
     "evaluate.py": evaluate.Flags,
     "data.py": data.Make,
     "bench.py": bench.Flags,
+    "tokenizer.py": tokenizer.Flags,
 }
 TORCHRUN_FLAGS = {"--max-restarts"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")

@@ -1,0 +1,15 @@
+"""64x64 emoji as 16x16 tokens of a tokenizer of their own, in patches of 2x2.
+
+python tokenizer.py --folder F --group-by _ --out-dir tok/emoji
+python data.py images --folder F --group-by _ --image-size 64 --encoder tok/emoji/encoder.jit --name emoji
+python train_ddpd.py configs/emoji.py --compile
+python sample.py out/emoji --guidance 2
+"""
+data = "emoji"
+patch = 2
+n_layer = 4
+n_head = 3              # head width 64: narrower ones are slower on a CPU
+n_embd = 192
+batch_size = 16
+max_iters = 5000
+eval_interval = 1000
