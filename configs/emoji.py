@@ -1,7 +1,7 @@
 """64x64 emoji as 16x16 tokens of a tokenizer of their own, in patches of 2x2.
 
-python tokenizer.py --folder F --group-by _ --out-dir tok/emoji
-python data.py images --folder F --group-by _ --image-size 64 --encoder tok/emoji/encoder.jit --name emoji
+python tokenizer.py --folder emoji --group-by _
+python data.py images --folder emoji --group-by _ --image-size 64 --encoder tok/emoji/encoder.jit
 python train_ddpd.py configs/emoji.py --compile
 python sample.py out/emoji --guidance 2
 """
