@@ -63,6 +63,7 @@ from support.validate import find_decoder
 N_BITS = 2048               # sequences behind bits per token, at least
 N_BITS_VIDEO = 512
 N_PLANNER = 1024            # sequences that a planner is judged on
+DECODED = 100               # pictures that a decoder makes at a time
 N_NEIGHBOURS = 10           # samples that are shown over their nearest training pictures
 MAX_LOGITS = 2**27          # at once: samplers hold about six numbers for each
 N_PILOT = 64                # sequences on which a sampler's calls are counted beforehand
@@ -98,13 +99,27 @@ Bits = dict[str, tuple[float, float]]       # bound -> bits per token, standard 
 class Judged:
     """A trained run, its data and the metrics that fit them."""
 
-    def __init__(self, folder: str, device: torch.device):
+    def __init__(self, folder: str, device: torch.device, decoder: str = ""):
         self.run = load_run(folder, device)
         self.spec = self.run.spec
         config_ = self.spec.config
         runtime.freeze(self.run.nets, device, config_["dtype"])
         self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]
-        self.metrics = metrics.metrics_for(self.spec.meta, self.splits)
+        self.decoder = find_decoder(decoder, self.run.folder, self.spec.meta, device)
+        to_pixels = self.decoded_pixels if self.decoder else None
+        self.metrics = metrics.metrics_for(self.spec.meta, self.splits, to_pixels)
+
+    def decoded(self, tokens: np.ndarray) -> np.ndarray:
+        """Pictures of the run's decoder, a few at a time.  (n, N) -> (n, H, W, 3) uint8"""
+        grids = tokens.reshape(-1, *self.spec.grid)
+        starts = range(0, len(grids), DECODED)
+        return np.concatenate([
+            render.pictures(grids[i:i + DECODED], self.spec.meta, self.decoder) for i in starts
+        ])
+
+    def decoded_pixels(self, tokens: np.ndarray) -> np.ndarray:
+        """The same in [0, 1]."""
+        return self.decoded(tokens).astype(np.float32) / 255
 
     def batch_limit(self, sampler: str, n_steps: int) -> int:
         """Sequences whose logits a sampler may hold at once: of all tokens, or of those that a
@@ -355,7 +370,6 @@ def as_number(value: str) -> Any:
 
 def evaluate(
     judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: Bits,
-    decoder=None,
 ) -> list[dict[str, Any]]:
     """One row of the table, and one more where samples are corrected afterwards."""
     spec, run = judged.spec, judged.run
@@ -394,10 +408,10 @@ def evaluate(
         )
         rows.append(out)
         if isinstance(judged.metrics, metrics.PictureMetrics):
-            draw_neighbours(judged, f"{stage.name}_{nfe}", tokens, labels, decoder)
-        if decoder:
+            draw_neighbours(judged, f"{stage.name}_{nfe}", tokens, labels)
+        if flags.decoder:
             stem = f"{stage.name}_{nfe}_seed{seed}_guidance{flags.guidance or 1:g}"
-            write_images(judged, stem, tokens, decoder, flags.batch_size)
+            write_images(judged, stem, tokens)
     return rows
 
 
@@ -420,7 +434,7 @@ def write_frames(path: Path, row: dict[str, Any], per_frame: dict[str, np.ndarra
 
 
 def draw_neighbours(
-    judged: Judged, name: str, tokens: np.ndarray, labels: np.ndarray, decoder
+    judged: Judged, name: str, tokens: np.ndarray, labels: np.ndarray
 ) -> None:
     """The first samples over their nearest training pictures: RUN/neighbours_NAME.png."""
     meta = judged.spec.meta
@@ -432,15 +446,12 @@ def draw_neighbours(
     ]
     pairs = np.stack([tokens, nearest], 1).reshape(len(tokens), 2, *meta["grid"])
     path = judged.run.folder / f"neighbours_{name}.png"
-    render.pairs_png(path, pairs, captions, meta, decoder)
+    render.pairs_png(path, pairs, captions, meta, judged.decoder)
 
 
-def write_images(judged: Judged, name: str, tokens: np.ndarray, decoder, batch_size: int) -> None:
+def write_images(judged: Judged, name: str, tokens: np.ndarray) -> None:
     """Decoded samples as uint8 (n, H, W, 3) under arr_0: the layout of the ADM evaluation suite."""
-    grids = tokens.reshape(-1, *judged.spec.grid)
-    parts = [render.pictures(grids[i:i + batch_size], judged.spec.meta, decoder)
-             for i in range(0, len(grids), batch_size)]
-    np.savez(judged.run.folder / f"{name}.npz", np.concatenate(parts))
+    np.savez(judged.run.folder / f"{name}.npz", judged.decoded(tokens))
 
 
 # The table
@@ -568,7 +579,6 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
     names = list(flags.samplers) or list(spec.method.samplers)[:1]
     budgets = flags.nfe or ((8,) if spec.is_video else (64,))
     check_run(judged, names, budgets, flags)
-    decoder = find_decoder(flags.decoder, folder, spec.meta, judged.run.device)
     bits = judged.bits()
     print(f"{folder}, iteration {judged.run.it}: {describe_bits(bits)}")
     if judged.metrics.val:
@@ -591,13 +601,12 @@ def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
             continue
         for nfe in budgets:
             for seed in flags.seeds:
-                rows += rows_of(judged, name, nfe, seed, flags, bits, decoder)
+                rows += rows_of(judged, name, nfe, seed, flags, bits)
     return rows
 
 
 def rows_of(
     judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits,
-    decoder,
 ) -> list[dict[str, Any]]:
     """The row or two of a setting: those of evaluate.csv where they are finished, or drawn now."""
     path = judged.run.folder / "evaluate.csv"
@@ -605,7 +614,7 @@ def rows_of(
     is_finished = len(rows) == len(plan_stages(name, judged, nfe, flags)) and not flags.again
     if not is_finished:
         with runtime.one_line_errors(ValueError):
-            rows = evaluate(judged, name, nfe, seed, flags, bits, decoder)
+            rows = evaluate(judged, name, nfe, seed, flags, bits)
         logs.append_rows(path, *rows)
     for row in rows:
         print(
@@ -621,7 +630,7 @@ def main(flags: Flags) -> None:
     device = runtime.pick_device()
     rows = []
     for folder in flags.runs:
-        rows += evaluate_run(Judged(folder, device), flags)
+        rows += evaluate_run(Judged(folder, device, flags.decoder), flags)
     plot(rows, Path(flags.runs[0]) / "evaluate.png")
 
 
