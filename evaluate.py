@@ -114,7 +114,8 @@ class Judged:
         grids = tokens.reshape(-1, *self.spec.grid)
         starts = range(0, len(grids), DECODED)
         return np.concatenate([
-            render.pictures(grids[i:i + DECODED], self.spec.meta, self.decoder) for i in starts
+            render.decoded_pictures(grids[i:i + DECODED], self.spec.meta, self.decoder)
+            for i in starts
         ])
 
     def decoded_pixels(self, tokens: np.ndarray) -> np.ndarray:

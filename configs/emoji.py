@@ -3,7 +3,7 @@
 python tokenizer.py --folder emoji --group-by _
 python data.py images --folder emoji --group-by _ --image-size 64 --encoder tok/emoji/encoder.jit
 python train_ddpd.py configs/emoji.py --compile
-python sample.py out/emoji --guidance 2
+python sample.py out/emoji --sampler confidence --guidance 2
 """
 data = "emoji"
 patch = 2

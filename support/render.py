@@ -21,6 +21,7 @@ GAP = 8                 # between pictures
 TILE_GAP = 2            # between a state and its map
 HEADER_H = 40           # line with the step and the legend
 CAPTION_H = 20          # line above a picture
+NAME_OVER_MAP = 40      # pixels by which a name may reach over the map
 BAR_W = 16              # width of the colour bar
 BAR_SPACE = 84          # width of the colour bar and its numbers
 NAMES_W = 50            # "made" and "real" on the left of a strip of video frames
@@ -106,7 +107,9 @@ def pictures(tokens: np.ndarray, meta: dict, decoder: Decoder | None = None) -> 
     tokens (n, *grid)  ->  (n, H, W, 3) uint8
     """
     if decoder is not None:
-        return decoded_pictures(tokens, meta, decoder)
+        images = decoded_pictures(tokens, meta, decoder)
+        scale = max(1, TILE // max(images.shape[1:3]))
+        return images.repeat(scale, 1).repeat(scale, 2)
     cells = as_rows_and_columns(tokens)
     if meta["palette"] == "text":
         return text_pictures(cells)
@@ -228,6 +231,17 @@ class Canvas:
         font = ImageFont.load_default(size)
         self.draw.text((x, y), words, font=font, anchor=anchor, fill=colour)
 
+    def title(self, words: str, x: float, y: float, width: int, anchor: str = "la") -> None:
+        """Text that is cut short where it is wider than its picture."""
+        from PIL import ImageFont
+
+        font = ImageFont.load_default(15)
+        shown = words
+        while words and font.getlength(shown) > width:
+            words = words[:-1]
+            shown = words + "..."
+        self.text(shown, x, y, 15, anchor)
+
     def legend(self, words: str, x: int, colour: Colour) -> None:
         """A framed square and its meaning, in the header."""
         self.draw.rectangle((x, 14, x + 12, 26), outline=colour, width=2)
@@ -270,7 +284,7 @@ def samples_png(
         row, column = divmod(i, columns)
         x = GAP + column * cell_w
         y = GAP + row * cell_h
-        canvas.text(label_name(labels[i], meta), x + width // 2, y, 15, "ma")
+        canvas.title(label_name(labels[i], meta), x + width // 2, y, width, "ma")
         canvas.paste(tile, x, y + CAPTION_H)
     canvas.image.save(path)
 
@@ -361,19 +375,23 @@ def planner_frames(
     known, real and wrong (n, *grid)  ->  yields (H, W, 3) uint8
     """
     n = len(labels)
-    has_real = real is not None
-    columns = planner_columns(n, meta["palette"] == "text", has_real)
-    real_tiles = pictures(real, meta, decoder) if has_real else [None] * n
+    third = "real" if real is not None else "tokens" if decoder is not None else ""
+    columns = planner_columns(n, meta["palette"] == "text", bool(third))
+    third_tiles = pictures(real, meta, decoder) if real is not None else [None] * n
     for step in shown_steps(len(states)):
         x, p_noise, written, nfe = states[step]
         tiles = pictures(x, meta, decoder)
-        outline_each(tiles, known, KNOWN)
-        outline_each(tiles, written, WRITTEN)
-        if step == len(states) - 1:
-            outline_each(tiles, wrong, WRONG)
-
         tile_h, tile_w = tiles.shape[1:3]
-        layout = PlannerLayout(n, columns, tile_h, tile_w, has_real)
+        framed = tiles
+        if third == "tokens":       # frames would hide the picture
+            third_tiles = token_tiles(x, meta, (tile_h, tile_w))
+            framed = third_tiles
+        outline_each(framed, known, KNOWN)
+        outline_each(framed, written, WRITTEN)
+        if step == len(states) - 1:
+            outline_each(framed, wrong, WRONG)
+
+        layout = PlannerLayout(n, columns, tile_h, tile_w, bool(third))
         canvas = Canvas(*layout.canvas_size)
         draw_progress(canvas, step, len(states), nfe, nfe_x=GAP + 190)
         noise_left = f"expected noise left {p_noise.sum() / n:5.1f} of {x[0].size}"
@@ -381,9 +399,15 @@ def planner_frames(
         draw_planner_legend(canvas, layout, known is not None, wrong is not None)
         for i in range(n):
             name = label_name(labels[i], meta)
-            draw_sequence(canvas, layout, i, name, tiles[i], p_noise[i], real_tiles[i])
+            draw_sequence(canvas, layout, i, name, tiles[i], p_noise[i], third, third_tiles[i])
         draw_colour_bar(canvas, layout)
         yield canvas.array()
+
+
+def token_tiles(x: np.ndarray, meta: dict, shape: tuple[int, int]) -> np.ndarray:
+    """Tokens in distinct colours, as large as their pictures.  (n, *grid) -> (n, H, W, 3) uint8"""
+    cells = palette(meta)[as_rows_and_columns(x)]
+    return np.stack([stretch(picture, shape) for picture in cells])
 
 
 def draw_planner_legend(
@@ -403,18 +427,19 @@ def draw_sequence(
     name: str,
     tile: np.ndarray,
     p_noise: np.ndarray,
-    real_tile: np.ndarray | None,
+    third: str,
+    third_tile: np.ndarray | None,
 ) -> None:
-    """Sequence i with captions: its state, its map, the real one.  p_noise (*grid)"""
+    """Sequence i with captions: its state, its map, and what else there is.  p_noise (*grid)"""
     left, top = layout.corner(i)
     tile_y = top + CAPTION_H
     map_x = left + layout.tile_w + TILE_GAP
     map_end = map_x + layout.tile_w
-    canvas.text(name, left, top, 15)
+    canvas.title(name, left, top, layout.tile_w + NAME_OVER_MAP)
     canvas.text(f"noise {p_noise.sum():.1f}", map_end, top, 15, "ra")
-    if real_tile is not None:
-        canvas.text("real", map_end + GAP, top, 15)
-        canvas.paste(real_tile, map_end + GAP, tile_y)
+    if third_tile is not None:
+        canvas.text(third, map_end + GAP, top, 15)
+        canvas.paste(third_tile, map_end + GAP, tile_y)
     cells = heat(as_rows_and_columns(p_noise[None])[0])
     canvas.paste(tile, left, tile_y)
     canvas.paste(stretch(cells, (layout.tile_h, layout.tile_w)), map_x, tile_y)
@@ -628,6 +653,6 @@ def pairs_png(
         x = GAP + i * cell_w
         for row in range(2):
             y = GAP + row * cell_h
-            canvas.text(captions[i][row], x + width // 2, y, 14, "ma")
+            canvas.title(captions[i][row], x + width // 2, y, width, "ma")
             canvas.paste(tiles[2 * i + row], x, y + CAPTION_H)
     canvas.image.save(path)

@@ -1,11 +1,13 @@
 import imageio.v2 as imageio
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from support import render
 
 META = dict(vocab=4, palette="grey", n_classes=2, class_names=["zero", "one"], grid=[3, 5])
+SQUARE = META | dict(palette="any", grid=[4, 4])
 GREYS = [[v] * 3 for v in (0, 85, 170, 255)]
 GREYS_AND_MASK = np.array([[[0, 1, 2, 3, 4]] * 3])      # (1, 3, 5), the mask in the last column
 
@@ -46,7 +48,7 @@ def test_a_decoder_never_sees_a_mask():
         assert tokens.max() < 4
         return torch.ones(len(tokens), 3, 6, 10)
 
-    picture = render.pictures(GREYS_AND_MASK, META, decoder)[0]
+    picture = render.decoded_pictures(GREYS_AND_MASK, META, decoder)[0]
     assert (picture[:, :8] == 255).all()
     assert (picture[:, 8:] == render.MASK).all()
 
@@ -112,3 +114,50 @@ def test_a_long_run_is_thinned():
 def test_the_last_step_is_always_shown():
     for n_steps in (1, 240, 241, 1000):
         assert render.shown_steps(n_steps)[-1] == n_steps - 1
+
+
+# Pictures through a decoder
+
+
+def blow_up(tokens):
+    """A decoder: each token a grey square of 2x2 pixels."""
+    grey = tokens.float()[:, None] / 3 * 2 - 1
+    return grey.repeat(1, 3, 1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def test_decoded_pictures_are_enlarged_by_whole_numbers():
+    tokens = np.arange(16).reshape(1, 4, 4) % 4
+    small = render.decoded_pictures(tokens, SQUARE, blow_up)
+    large = render.pictures(tokens, SQUARE, blow_up)
+    assert small.shape == (1, 8, 8, 3)
+    assert large.shape == (1, render.TILE, render.TILE, 3)
+    assert (large[:, ::16, ::16] == small).all()
+
+
+def test_a_video_with_a_decoder_shows_picture_map_and_tokens():
+    """What was just written is framed among the tokens, where it hides no picture."""
+    x = np.zeros((1, 4, 4), int)
+    written = np.zeros((1, 4, 4), bool)
+    written[0, 1, 2] = True
+    state = (x, np.full((1, 4, 4), 0.5), written, np.array([2]))
+    [frame] = render.planner_frames([state], [0], SQUARE, blow_up)
+    top = render.HEADER_H + render.CAPTION_H
+    tiles = frame[top:top + render.TILE]
+    is_orange = (tiles == render.WRITTEN).all(2).any(0)
+    tokens_x = 2 * render.GAP + 2 * render.TILE + render.TILE_GAP
+    assert is_orange.any()
+    assert np.flatnonzero(is_orange).min() >= tokens_x
+    picture = tiles[:, render.GAP:render.GAP + render.TILE]
+    assert (picture == 0).all()
+
+
+@pytest.mark.parametrize("width", [0, 30, 60])
+def test_a_title_is_no_wider_than_its_picture(width):
+    canvas = render.Canvas(300, 20)
+    canvas.title("smileys_and_emotion", 0, 0, width)
+    is_text = (canvas.array() != render.BACKGROUND).any((0, 2))
+    dots = 20
+    assert not is_text[max(width, dots):].any()
+    whole = render.Canvas(300, 20)
+    whole.title("smileys", 0, 0, 300)
+    assert (whole.array() != render.BACKGROUND).any((0, 2))[:60].any()

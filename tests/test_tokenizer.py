@@ -114,6 +114,7 @@ def test_from_a_folder_to_a_run():
          "tok/encoder.jit", "--name", "squares"],
         ["train_ddpd.py", *TINY, "--data", "squares", "--max-iters", 2, "--out-dir", "out/squares"],
         ["sample.py", "out/squares", "--n-steps", 2, "--n-video", 2],
+        ["evaluate.py", "out/squares", "--n-samples", 4, "--nfe", 4],
     ]
     for command in commands:
         done = script(*command)
@@ -125,7 +126,7 @@ def test_from_a_folder_to_a_run():
     assert row["it"] == 4
     assert row["val_psnr"] > 0
     assert Image.open("tok/reconstructions.png").height > 2 * 16
-    for name in ("decoder.jit", "samples.png", "planner.gif"):
+    for name in ("decoder.jit", "samples.png", "planner.gif", "neighbours_ddpd_4.png"):
         assert tokenizer.Path("out/squares", name).exists(), name
 
 
