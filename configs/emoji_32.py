@@ -2,6 +2,7 @@
 
 python data.py images --folder F --image-size 32 --palette 64 --group-by _ --name emoji_32
 python train_ddpd.py configs/emoji_32.py --compile
+49 minutes on one core of an AMD EPYC that did other work too (1 seed).
 """
 data = "emoji_32"
 patch = 2
