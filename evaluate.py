@@ -349,6 +349,8 @@ def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> 
     settings |= dict(correct=flags.correct, **flags.sampler_options())
     if judged.spec.is_video:
         settings |= dict(frames=flags.frames, context_frames=flags.n_given)
+    if flags.decoder:
+        settings["decoder"] = flags.decoder
     if flags.flips:
         settings["flips"] = flags.flips
     return json.dumps(settings, sort_keys=True)

@@ -201,24 +201,15 @@ def reconstruction_loss(out: Tensor, x: Tensor) -> Tensor:
 
 def load_pictures(flags: Flags) -> dict[str, np.ndarray]:
     """All pictures of both splits, which are those of `data.py images`.  -> (n, S, S, 3) uint8"""
-    folder = Path(flags.folder)
-    paths, unreadable = images.check_headers(
-        folder, images.find_pictures(folder), flags.image_size
-    )
-    class_names = sorted({images.class_name(path) for path in paths if path.parent != folder})
-    splits = images.split_pictures(folder, paths, class_names, flags.group_by)
+    splits, _, unreadable = images.find_splits(flags.folder, flags.image_size, flags.group_by)
     pixels = {}
     for split, pictures in splits.items():
-        loaded = []
-        for picture in tqdm(pictures, f"{split} pictures", leave=False):
-            square = images.load(picture.path, flags.image_size)
-            if square is None:
-                unreadable.append(picture.path)
-            else:
-                loaded.append(square)
+        with tqdm(total=len(pictures), desc=f"{split} pictures", leave=False) as bar:
+            chunks = images.pixel_chunks(pictures, flags.image_size, unreadable, bar)
+            loaded = [chunk for chunk, _ in chunks]
         if not loaded:
             raise SystemExit(f"none of {len(pictures)} {split} pictures can be read")
-        pixels[split] = np.stack(loaded)
+        pixels[split] = np.concatenate(loaded)
     images.report_unreadable(unreadable)
     return pixels
 
@@ -405,8 +396,6 @@ def draw_reconstructions(path: Path, pixels: np.ndarray, output: np.ndarray) -> 
 
 def check_flags(flags: Flags) -> Flags:
     """Refuse what cannot be trained.  -> flags with out_dir filled in"""
-    if not os.path.isdir(flags.folder):
-        raise SystemExit(f"no folder {flags.folder!r}: name a folder of pictures with --folder F")
     if flags.downsample < 2 or flags.downsample & (flags.downsample - 1):
         raise SystemExit(f"--downsample {flags.downsample} is not 2, 4, 8, ...")
     if flags.image_size % flags.downsample:

@@ -60,12 +60,7 @@ def make(options) -> tuple[dict, Iterator]:
             raise SystemExit(f"{name} is {value}; it must be at least 2")
     if options.palette and options.encoder:
         raise SystemExit("--palette and --encoder exclude each other: choose one")
-    if not os.path.isdir(options.folder):
-        raise SystemExit(f"no folder {options.folder!r}: name a folder of pictures with --folder F")
-    folder = Path(options.folder)
-    paths, unreadable = check_headers(folder, find_pictures(folder), size)
-    class_names = sorted({class_name(path) for path in paths if path.parent != folder})
-    splits = split_pictures(folder, paths, class_names, options.group_by)
+    splits, class_names, unreadable = find_splits(options.folder, size, options.group_by)
     meta = {
         "name": options.name or folder_name(options),
         "n_classes": len(class_names),
@@ -86,6 +81,19 @@ def make(options) -> tuple[dict, Iterator]:
 
 
 # Files
+
+
+def find_splits(
+    path: str, size: int, separator: str
+) -> tuple[dict[str, list[Picture]], list[str], list[Path]]:
+    """The pictures of a folder by split.  ->  splits, names of the classes, unreadable files"""
+    if not os.path.isdir(path):
+        raise SystemExit(f"no folder {path!r}: name a folder of pictures with --folder F")
+    folder = Path(path)
+    paths, unreadable = check_headers(folder, find_pictures(folder), size)
+    class_names = sorted({class_name(path) for path in paths if path.parent != folder})
+    splits = split_pictures(folder, paths, class_names, separator)
+    return splits, class_names, unreadable
 
 
 def find_pictures(folder: Path) -> list[Path]:
