@@ -60,6 +60,7 @@ from tqdm import tqdm
 
 from data import ShuffledIndices
 from sources import images
+from sources._pictures import pixel_chunks, report_unreadable
 from support import checkpoint, logs, render, runtime, training
 
 EMA_DECAY = 0.995
@@ -205,12 +206,12 @@ def load_pictures(flags: Flags) -> dict[str, np.ndarray]:
     pixels = {}
     for split, pictures in splits.items():
         with tqdm(total=len(pictures), desc=f"{split} pictures", leave=False) as bar:
-            chunks = images.pixel_chunks(pictures, flags.image_size, unreadable, bar)
+            chunks = pixel_chunks(pictures, flags.image_size, unreadable, bar)
             loaded = [chunk for chunk, _ in chunks]
         if not loaded:
             raise SystemExit(f"none of {len(pictures)} {split} pictures can be read")
         pixels[split] = np.concatenate(loaded)
-    images.report_unreadable(unreadable)
+    report_unreadable(unreadable)
     return pixels
 
 

@@ -1,14 +1,18 @@
 """Pictures through an encoder: tokens as it gives them, refused in one line where they are bad."""
 
+import io
+import tarfile
 from pathlib import Path
 
+import imageio
 import numpy as np
 import pytest
 import torch
+from conftest import refusal, script
 from PIL import Image
 
 import data
-from sources import images
+from sources import _encoder, images
 from support import render, validate
 
 
@@ -99,16 +103,17 @@ def test_refusals(module, options, text):
 
 
 class Decoder(torch.nn.Module):
-    """Each id as a grey 8x8 patch."""
+    """Each id as a grey patch."""
 
-    def __init__(self, largest: int = 2**31):
+    def __init__(self, largest: int = 2**31, patch: int = 8):
         super().__init__()
         self.largest = largest
+        self.patch = patch
 
     def forward(self, ids):
         assert int(ids.max()) < self.largest
         grey = (ids.float() / 100 - 1).to(torch.bfloat16)
-        patches = grey.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        patches = grey.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2)
         return patches[:, None].expand(-1, 3, -1, -1)
 
 
@@ -130,18 +135,130 @@ def test_decoder_travels_and_a_changed_one_is_refused(tmp_path):
         validate.find_decoder("", run, meta, "cpu")
 
 
-def test_decoder_of_another_vocabulary_is_refused():
-    torch.jit.script(Decoder(100)).save("decoder.jit")
-    with pytest.raises(SystemExit, match="cannot decode tokens of vocabulary 300"):
+@pytest.mark.parametrize("decoder, said", [
+    (Decoder(largest=100), "cannot decode tokens of vocabulary 300"),
+    (Decoder(patch=4), "makes pictures of 128 x 128 pixels from those of 256 x 256"),
+])
+def test_decoder_of_another_tokenizer_is_refused(decoder, said):
+    torch.jit.script(decoder).save("decoder.jit")
+    with pytest.raises(SystemExit, match=said):
         make(CosmosLike(), vocab=300)
 
 
-@pytest.mark.parametrize("entry", [
-    "decoder.jit",
-    {"file": "../decoder.jit", "sha256": "0" * 64},
-    {"file": "decoder.jit", "sha256": "0" * 63},
-])
-def test_meta_names_a_plain_file_and_its_digest(entry):
-    meta, _ = make(CosmosLike(), vocab=300)
-    assert data.meta_error(meta) == ""
-    assert data.meta_error(meta | {"decoder": entry}).startswith("decoder")
+def test_a_stopped_command_encodes_what_is_missing(monkeypatch):
+    """Killed after two chunks; the same command reads these, and other pictures start anew."""
+    monkeypatch.setattr(_encoder, "N_CHUNK", 7)
+    Path("F/bad.png").write_bytes(Path("F/09.png").read_bytes()[:100])      # a good header
+    encode = _encoder.Encoder.encode
+    encoded = []
+
+    def encode_two_chunks(self, pixels):
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        encoded.append(len(pixels))
+        return encode(self, pixels)
+
+    def count(self, pixels):
+        encoded.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(_encoder.Encoder, "encode", encode_two_chunks)
+    with pytest.raises(KeyboardInterrupt):
+        make(CosmosLike(), vocab=300)
+    assert not Path("data/made").exists()
+    monkeypatch.setattr(_encoder.Encoder, "encode", count)
+    _, resumed = make(CosmosLike(), vocab=300)
+    assert sum(encoded) == 40 and len(encoded) == 7
+    assert not Path("data/.made.partial").exists()
+    _, at_once = make(CosmosLike(), vocab=300, name="at_once")
+    index = np.arange(len(at_once))
+    for one, other in zip(resumed.rows(index), at_once.rows(index), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_other_pictures_start_anew(capsys):
+    Path("data/.made.partial").mkdir(parents=True)
+    Path("data/.made.partial/key").write_text("of another command")
+    Path("data/.made.partial/train_0.npz").write_bytes(b"nothing")
+    assert len(make(CosmosLike(), vocab=300)[1]) == 36
+    assert "and is made anew" in capsys.readouterr().out
+
+
+def test_from_pictures_to_a_video_with_a_stand_in_for_cosmos():
+    """32x32 tokens of 64,000 codes in int32, a decoder that gives bfloat16."""
+    torch.jit.script(Decoder()).save("decoder.jit")
+    make(CosmosLike(), tokenizer="cosmos_di8x8")
+    train = [
+        "train_ddpd.py", "--data", "made", "--n-layer", 1, "--n-head", 1, "--n-embd", 32,
+        "--batch-size", 2, "--max-iters", 2, "--eval-sequences", 2, "--eval-samples", 1,
+        "--patch", 2, "--out-dir", "run",
+    ]
+    for command in (train, ["sample.py", "run", "--n-steps", 2, "--n-video", 1, "--labels", 0]):
+        done = script(*command)
+        assert done.returncode == 0, done.stderr
+    samples = np.load("run/samples.npz")["tokens"]
+    assert samples.shape == (1, 32, 32) and samples.max() > 300
+    frames = imageio.mimread("run/planner.gif")
+    assert len(frames) >= 2
+    picture = np.asarray(Image.open("run/samples.png").convert("RGB")).astype(int)
+    is_grey = picture.max(2) - picture.min(2) < 9       # tokens shown by themselves have hues
+    assert is_grey.mean() > 0.99
+    assert (picture == 255).mean() > 0.3
+
+
+# Larger files
+
+
+def write_tar(name, members):
+    """members: {name: bytes}"""
+    with tarfile.open(name, "w") as tar:
+        for member, raw in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+
+
+def test_webdataset_tars_are_the_folder_of_their_pictures():
+    """Classes by .cls files, in the order of numbers; other files are passed over."""
+    Path("tars").mkdir()
+    for shard in range(2):
+        members = {}
+        for i in range(20 * shard, 20 * shard + 20):
+            members[f"./{i:02}.png"] = Path(f"F/{i:02}.png").read_bytes()
+            members[f"./{i:02}.cls"] = b"10\n" if i % 2 else b"9"
+            members[f"./{i:02}.json"] = b"{}"
+        write_tar(f"tars/{shard}.tar", members)
+    meta, train = make(CosmosLike(), vocab=300, folder="tars")
+    assert meta["class_names"] == ["9", "10"]
+    tokens, labels = train.rows(np.arange(len(train)))
+    assert len(train) == 36
+    number = np.rint(tokens[:, 0] * 255 / 1200)      # of the picture, by its level of grey
+    assert (number % 2 == labels).all()
+
+
+def test_tars_with_folders_of_classes_and_refusals():
+    Path("tars").mkdir()
+    raw = Path("F/01.png").read_bytes()
+    write_tar("tars/a.tar", {f"{name}/{i}.png": raw for name in "xy" for i in range(3)})
+    assert make(CosmosLike(), vocab=300, folder="tars")[0]["class_names"] == ["x", "y"]
+    write_tar("tars/a.tar", {"a.txt": b"text"})
+    assert "1 tars without pictures" in refusal(make, CosmosLike(), folder="tars")
+    Path("tars/a.tar").write_bytes(b"not a tar")
+    assert "cannot be read as an uncompressed tar" in refusal(make, CosmosLike(), folder="tars")
+
+
+def test_hugging_face_datasets_on_disk():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])}
+    )
+    rows = {"image": [f"F/{i:02}.png" for i in range(40)], "label": [i // 20 for i in range(40)]}
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": whole}).save_to_disk("saved")
+    meta, train = make(CosmosLike(), vocab=300, folder="saved")
+    assert meta["class_names"] == ["dark", "light"]
+    tokens, labels = train.rows(np.arange(len(train)))
+    assert len(train) == 36
+    assert ((tokens[:, 0] > 92) == labels).all()
+    datasets.DatasetDict({"test": whole}).save_to_disk("tests")
+    assert "has no split train, only test" in refusal(make, CosmosLike(), folder="tests")

@@ -10,7 +10,8 @@ from conftest import refusal
 from PIL import Image
 
 import data
-from sources import avatars, images
+from sources import _palette, _pictures, avatars, images
+from sources._pictures import Picture
 
 BLACK = (0, 0, 0)
 RED = (255, 0, 0)
@@ -75,7 +76,7 @@ def one_picture(array=None, path=None, size=4):
     if path is None:
         path = "picture.png"
         Image.fromarray(array).save(path)
-    return images.load(Path(path), size)
+    return _pictures.load(Picture(Path(path)), size)
 
 
 # What comes out
@@ -128,8 +129,8 @@ def test_a_group_is_never_split():
     for i in range(5):
         for j, place in enumerate(("a", "b", "b")):
             save(fill((i, 0, j)), f"{place}/{i}_{j}.png")
-    paths = images.find_pictures(Path("F"))
-    splits = images.split_pictures(Path("F"), paths, ["a", "b"], "_")
+    pictures = images.find_pictures(Path("F"))
+    splits = images.split_pictures(Path("F"), pictures, ["a", "b"], "_")
     groups = {split: {group(picture) for picture in splits[split]} for split in splits}
     assert groups["train"] | groups["val"] == set("01234")
     assert not groups["train"] & groups["val"]
@@ -144,8 +145,8 @@ def group(picture):
 
 def test_the_same_command_makes_the_same_tokens(monkeypatch):
     """Also where the colours are chosen from a sample of the pixels of some pictures."""
-    monkeypatch.setattr(images, "N_SAMPLE_PICTURES", 10)
-    monkeypatch.setattr(images, "N_SAMPLE_PIXELS", 50)
+    monkeypatch.setattr(_palette, "N_SAMPLE_PICTURES", 10)
+    monkeypatch.setattr(_palette, "N_SAMPLE_PIXELS", 50)
     rng = np.random.default_rng(0)
     for i in range(20):
         save(rng.integers(0, 256, (9, 7, 3)), f"{i}.png")
@@ -159,15 +160,15 @@ def test_the_same_command_makes_the_same_tokens(monkeypatch):
 
 def test_colours_are_chosen_from_a_sample(monkeypatch):
     """No more pictures and pixels are read for the colours than the constants say."""
-    pictures = [images.Picture(Path("F", f"{i}.png"), 0) for i in range(20)]
+    pictures = [Picture(Path("F", f"{i}.png")) for i in range(20)]
     rng = np.random.default_rng(0)
     for picture in pictures:
         save(rng.integers(0, 256, (4, 4, 3)), picture.path.name)
-    every = images.sample_pixels(pictures, 4)
+    every = _palette.sample_pixels(pictures, 4)
     assert len(np.unique(every, axis=0)) == len(every) == 20 * 16
-    monkeypatch.setattr(images, "N_SAMPLE_PICTURES", 10)
-    monkeypatch.setattr(images, "N_SAMPLE_PIXELS", 50)
-    some = images.sample_pixels(pictures, 4)
+    monkeypatch.setattr(_palette, "N_SAMPLE_PICTURES", 10)
+    monkeypatch.setattr(_palette, "N_SAMPLE_PIXELS", 50)
+    some = _palette.sample_pixels(pictures, 4)
     assert len(some) == len(as_set(some)) == 50
     assert as_set(some) < as_set(every)
 
@@ -178,7 +179,7 @@ def test_the_split_depends_on_names_alone():
     moved = [Path("elsewhere", path.name) for path in paths]
     names = []
     for folder, some_paths in ((Path("F"), paths), (Path("elsewhere"), moved)):
-        splits = images.split_pictures(folder, some_paths, [], "")
+        splits = images.split_pictures(folder, [Picture(path) for path in some_paths], [], "")
         names.append([picture.path.name for picture in splits["val"]])
     assert names[0] == names[1]
     assert len(names[0]) == 5
@@ -213,7 +214,7 @@ def test_the_nearest_colour_is_the_nearest():
     palette = rng.integers(0, 256, (9, 3)).astype(np.uint8)
     pixels = rng.integers(0, 256, (3, 5, 5, 3)).astype(np.uint8)
     distances = np.square(pixels[..., None, :].astype(int) - palette).sum(-1)
-    chosen = images.nearest(pixels, palette)
+    chosen = _palette.nearest(pixels, palette)
     assert chosen.shape == (3, 5, 5)
     picked = np.take_along_axis(distances, chosen[..., None], -1)
     assert (picked[..., 0] == distances.min(-1)).all()
@@ -223,7 +224,7 @@ def test_pictures_are_read_in_chunks(monkeypatch):
     """Chunks are no larger than asked for, and the tokens are those of one chunk."""
     save_pixel_art(30)
     _, whole = made("whole")
-    monkeypatch.setattr(images, "CHUNK", 4 * 16)
+    monkeypatch.setattr(_pictures, "CHUNK", 4 * 16)
     _, rows = made("chunks")
     assert np.array_equal(rows["train"][0], whole["train"][0])
     _, chunks = images.make(data.Make("images", folder="F", image_size=4))
@@ -381,7 +382,7 @@ def test_corrupt_files_are_listed_and_left_out(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "cannot be read" in line]
     assert len(lines) == 1
     assert f"{len(bad)} files cannot be read and are left out" in lines[0]
-    assert sum(name in lines[0] for name in bad) == images.N_SHOWN
+    assert sum(name in lines[0] for name in bad) == _pictures.N_SHOWN
     assert lines[0].endswith(", ...")
 
 
@@ -398,7 +399,7 @@ def test_spoiled_files_are_pictures_or_none(ending):
         raw = bytearray(whole)
         raw[rng.integers(min(len(raw), 64))] ^= 1 << rng.integers(8)
         path.write_bytes(raw[:rng.integers(len(raw) // 2, 2 * len(raw))])
-        picture = images.load(path, 4)
+        picture = _pictures.load(Picture(path), 4)
         assert picture is None or picture.shape == (4, 4, 3)
         n_none += picture is None
     assert 0 < n_none < 60
@@ -513,3 +514,17 @@ def test_avatars_packed_from_pictures_are_those_of_the_images_source(monkeypatch
     for split, tokens, labels in chunks:
         assert np.array_equal(tokens, rows[split][0])
         assert np.array_equal(labels, rows[split][1])
+
+
+def test_worker_processes_read_the_same_in_order(monkeypatch):
+    save_pixel_art(40)
+    spoil_some(20)
+    pictures = images.find_pictures(Path("F"))
+    alone = list(_pictures.load_all(pictures, 4))
+    monkeypatch.setattr(_pictures, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(_pictures, "N_AHEAD", 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    together = list(_pictures.load_all(pictures, 4))
+    assert len(together) == len(alone) > 40
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one, other)
