@@ -17,6 +17,7 @@ import model
 from diffusion import forcing, gidd, likelihood, objectives, samplers
 from diffusion.decoding import DECODING_NAMES, State
 from diffusion.processes import Noise, require_posterior, stratified_t
+from diffusion.randomness import Random
 
 
 class Sampler(NamedTuple):
@@ -289,7 +290,7 @@ def options_of(sampler: Sampler) -> list[str]:
 
 def sample(
     spec: Spec, nets: dict[str, Callable], label: Tensor, *, n_steps: int,
-    generator: torch.Generator, sampler: str = "", known: Tensor | None = None,
+    generator: Random, sampler: str = "", known: Tensor | None = None,
     known_tokens: Tensor | None = None, frames: int = 0, **options,
 ) -> Iterator[State]:
     """Sample a run's networks from pure noise, but for the tokens that are known.  -> yields State

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.randomness import Random, exponential, of_rows, uniform
+
 
 class State(NamedTuple):
     x: Tensor                   # (B, N) tokens after the step
@@ -100,12 +102,15 @@ def truncate_probs(logits: Tensor, decoding: Decoding) -> Tensor:
     return probs / probs.sum(-1, keepdim=True)
 
 
-def sample_categorical(probs: Tensor, generator: torch.Generator) -> Tensor:
-    """One id from each distribution, by a float64 CDF that keeps tails.  (..., V) -> (...)"""
+def sample_categorical(probs: Tensor, generator: Random) -> Tensor:
+    """One id from each distribution.  (B, ..., V) -> (B, ...)"""
+    return invert_cdf(probs, uniform(probs.shape[:-1], generator, probs.device, torch.float64))
+
+
+def invert_cdf(probs: Tensor, u: Tensor) -> Tensor:
+    """The id at which the CDF passes u, in float64 that keeps tails.  (..., V), (...) -> (...)"""
     cdf = probs.double().cumsum(-1)
-    shape = (*probs.shape[:-1], 1)
-    u = torch.rand(shape, dtype=torch.float64, generator=generator, device=probs.device)
-    ids = torch.searchsorted(cdf, u * cdf[..., -1:], right=True)
+    ids = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)
     return ids.clamp_max(probs.shape[-1] - 1)[..., 0]
 
 
@@ -123,7 +128,7 @@ class Draw(NamedTuple):
 
 def sample_at(
     denoiser: Callable | None, x: Tensor, t: Tensor, label: Tensor, where: Tensor,
-    decoding: Decoding, generator: torch.Generator, logits: Tensor | None = None,
+    decoding: Decoding, generator: Random, logits: Tensor | None = None,
 ) -> Draw:
     """Draw a token at every site of the mask `where`, in one network call for the rows that have
     one.
@@ -147,7 +152,8 @@ def sample_at(
     else:
         logits = logits[rows].gather(1, sites[..., None].expand(-1, -1, logits.shape[-1]))
     probs = truncate_probs(logits[is_site].float(), decoding)           # (n, V)
-    drawn = sample_categorical(probs, generator)                        # (n,)
+    u = uniform((len(rows), x.shape[1]), of_rows(generator, rows), x.device, torch.float64)
+    drawn = invert_cdf(probs, u.gather(1, sites)[is_site])              # (n,)
     ids = x[rows].gather(1, sites)
     ids[is_site] = drawn
     p_drawn = torch.zeros(sites.shape, device=x.device)
@@ -156,14 +162,13 @@ def sample_at(
     return Draw(x.index_copy(0, rows, x[rows].scatter(1, sites, ids)), p, calls)
 
 
-def race_keys(weight: Tensor, generator: torch.Generator) -> Tensor:
+def race_keys(weight: Tensor, generator: Random) -> Tensor:
     """Keys whose descending order is a draw without replacement in proportion to weight.
 
     An exponential race in float64, for float32 would cut its tails; weight 0 has key 0.
     (B, N) -> (B, N)
     """
-    race = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
-    return weight.double() / race.exponential_(generator=generator)
+    return weight.double() / exponential(weight.shape, generator, weight.device)
 
 
 def topk_mask(keys: Tensor, k: Tensor) -> Tensor:

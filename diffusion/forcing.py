@@ -21,6 +21,7 @@ from diffusion.gidd import gidd_tasks
 from diffusion.objectives import Task
 from diffusion.particles import Particles
 from diffusion.processes import Noise, posterior_noise_prob, sample_posterior, stratified_t
+from diffusion.randomness import Random, integers
 
 # Levels
 
@@ -145,7 +146,7 @@ def forcing_tasks(
 
 @torch.no_grad()
 def rollout(
-    denoiser: Callable, x: Tensor, label: Tensor, levels: Tensor, *, generator: torch.Generator,
+    denoiser: Callable, x: Tensor, label: Tensor, levels: Tensor, *, generator: Random,
     process: str = "hybrid", vocab: int | None = None, p_uniform: float = 0.1,
     known: Tensor | None = None, window: int = 0, stabilization_level: float = 0.0,
     context_level: float = 0.0, kv_cache=None, reward: Callable | None = None,
@@ -168,6 +169,8 @@ def rollout(
     check_at_least(window=(window, 0), particles=(particles, 1), n_draws=(n_draws, 1))
     check_told_levels(noise, stabilization_level, context_level)
     check_rollout(x, levels, noise, vocab, window, particles)
+    if reward and not isinstance(generator, torch.Generator):
+        raise ValueError("particles are resampled from each other: they need a torch.Generator")
     if kv_cache is not None and (reward or options.guidance != 1):
         raise ValueError("a cache holds one set of rows: it goes without reward and guidance")
 
@@ -264,7 +267,7 @@ def ask_denoiser(
 
 
 def draw_fall(
-    x: Tensor, probs: Tensor, p_at_x: Tensor, view: View, noise: Noise, generator: torch.Generator,
+    x: Tensor, probs: Tensor, p_at_x: Tensor, view: View, noise: Noise, generator: Random,
 ) -> Tensor:
     """New tokens of the frames that fall, from the posterior at each token's own level."""
     at = view.falling_in_seen
@@ -299,14 +302,14 @@ def check_rollout(
 
 def pad_to_window(
     x: Tensor, editable: Tensor, levels: Tensor, window: int, noise: Noise,
-    generator: torch.Generator,
+    generator: Random,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noise frames behind the last one, where the window holds more; known frames at level 0."""
     frame_size = x.shape[1] // levels.shape[1]
     n_missing = max(0, window - levels.shape[1])
     if n_missing:
         shape = (len(x), n_missing * frame_size)
-        padding = torch.randint(noise.vocab, shape, generator=generator, device=x.device)
+        padding = integers(noise.vocab, shape, generator, x.device)
         if noise.row.starts_masked:
             padding = torch.full_like(padding, noise.vocab)
         x = torch.cat([x, padding], 1)

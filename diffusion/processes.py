@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.randomness import Random, integers, uniform
+
 T_MIN = 1e-4            # the noise levels that networks are trained at
 T_MAX = 1 - 1e-4
 
@@ -81,11 +83,11 @@ class Noise:
         """What a planner sees: the same noise, or uniform noise in place of masks."""
         return replace(self, process="uniform", p_uniform=0.0) if self.row.starts_masked else self
 
-    def sample_prior(self, shape: tuple, generator: torch.Generator, device="cpu") -> Tensor:
+    def sample_prior(self, shape: tuple, generator: Random, device="cpu") -> Tensor:
         """Pure noise, t = 1.  -> int64 of this shape"""
         if self.row.starts_masked:
             return torch.full(shape, self.vocab, device=device)
-        return torch.randint(self.vocab, shape, generator=generator, device=device)
+        return integers(self.vocab, shape, generator, device)
 
     def levels(self, n_steps: int) -> Tensor:
         """The levels from 1 to 0 of a sampler with n_steps steps.  -> (n_steps + 1,)"""
@@ -103,16 +105,16 @@ def transition_probs(t: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def corrupt(
-    x0: Tensor, t: Tensor, noise: Noise, generator: torch.Generator | None,
+    x0: Tensor, t: Tensor, noise: Noise, generator: Random | None,
 ) -> tuple[Tensor, Tensor]:
     """Sample q(x_t | x_0), every token on its own.
 
     x0 (B, N) int64 in [0, V),  t (B, 1) or (B, N)  ->  xt (B, N) in [0, V],  is_noise (B, N) bool
     """
     keep, mask, _ = transition_probs(t, noise)
-    u = torch.rand(x0.shape, generator=generator, device=x0.device)
+    u = uniform(x0.shape, generator, x0.device)
     if noise.row.redraw is None:                        # may redraw x0 itself: still noise
-        redrawn = torch.randint(noise.vocab, x0.shape, generator=generator, device=x0.device)
+        redrawn = integers(noise.vocab, x0.shape, generator, x0.device)
     else:
         redrawn = noise.row.redraw(x0, t, noise.vocab, generator)
     noisy = torch.where(u < keep + mask, noise.vocab, redrawn)
@@ -236,9 +238,9 @@ def posterior_keep_prob(p_at_x: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: 
 
 def sample_posterior(
     draws: Tensor, p_at_x: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: Noise,
-    generator: torch.Generator,
+    generator: Random,
 ) -> Tensor:
     """One draw of q(x_s | x_t, p) from draws (B, N) of p.  -> x_s (B, N)"""
     fresh, _ = corrupt(draws, s, noise, generator)
-    u = torch.rand(x.shape, generator=generator, device=x.device)
+    u = uniform(x.shape, generator, x.device)
     return torch.where(u < posterior_keep_prob(p_at_x, x, t, s, noise), x, fresh)

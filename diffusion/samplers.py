@@ -40,6 +40,7 @@ from diffusion.processes import (
     split_planner_denoiser,
     to_leave_one_out,
 )
+from diffusion.randomness import Random, exponential, of_rows, uniform
 
 # Planned denoising
 
@@ -47,7 +48,7 @@ from diffusion.processes import (
 @torch.no_grad()
 def ddpd(
     planner: Callable | None, denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int,
-    generator: torch.Generator, schedule: str = "spread", k: int = 1, pick: str = "proportional",
+    generator: Random, schedule: str = "spread", k: int = 1, pick: str = "proportional",
     denoiser_process: str = "uniform", vocab: int | None = None, known: Tensor | None = None,
     stop: float = 0.0, refine: int = 0, temperature: float = 1.0, top_k: int = 0,
     top_p: float = 1.0, guidance: float = 1.0, planner_guidance: float = 1.0,
@@ -100,14 +101,14 @@ def ddpd(
             rows = rows[~done[rows]]
 
         # 2. choose sites   3. mask what is noise   4. write
-        u = torch.rand(plan.p_noise.shape, generator=generator, device=x.device)
-        is_noise = u < plan.p_noise
-        sites = choose_sites(plan.p_noise, is_noise, rule, pick, k, n_steps - step, generator)
+        streams = of_rows(generator, rows)
+        is_noise = uniform(plan.p_noise.shape, streams, x.device) < plan.p_noise
+        sites = choose_sites(plan.p_noise, is_noise, rule, pick, k, n_steps - step, streams)
         x_input = x[rows]
         if denoiser_process == "mask":                      # as in training: all noise is masked
             x_input = x_input.masked_fill(is_noise | sites, vocab)
         draw = sample_at(
-            denoiser, x_input, t[rows], label[rows], sites, options, generator, plan.logits
+            denoiser, x_input, t[rows], label[rows], sites, options, streams, plan.logits
         )
         nfe[rows] += draw.calls
         x[rows] = torch.where(sites, draw.x, x[rows])
@@ -152,15 +153,14 @@ def mean_level(p_noise: Tensor, editable: Tensor) -> Tensor:
 
 def choose_sites(
     p_noise: Tensor, is_noise: Tensor, schedule: str, pick: str, k: int, steps_left: int,
-    generator: torch.Generator,
+    generator: Random,
 ) -> Tensor:
     """The tokens to write in this step.
 
     p_noise (b, N), a Bernoulli draw is_noise (b, N) of it  ->  (b, N) bool
     """
     if schedule == "leap":
-        u = torch.rand(p_noise.shape, generator=generator, device=p_noise.device)
-        return is_noise & (u < 1 / steps_left)
+        return is_noise & (uniform(p_noise.shape, generator, p_noise.device) < 1 / steps_left)
     if pick == "softmax":
         keys = race_keys(p_noise / (1 - p_noise).clamp_min(1e-12), generator)
     else:
@@ -207,7 +207,7 @@ def last(states: Iterator[State]) -> State:
 
 @torch.no_grad()
 def ancestral(
-    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: torch.Generator,
+    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
     process: str, kind: str = "others", vocab: int | None = None, p_uniform: float = 0.1,
     known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
@@ -254,12 +254,11 @@ def ancestral(
 
 def unmask_step(
     denoiser: Callable, x: Tensor, t: Tensor, s: Tensor, label: Tensor, editable: Tensor,
-    noise: Noise, options: Decoding, generator: torch.Generator,
+    noise: Noise, options: Decoding, generator: Random,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uncover each mask with probability (t - s) / t.  -> x (B, N), is_masked (B, N), calls (B,)"""
     is_masked = editable & (x == noise.vocab)
-    u = torch.rand(x.shape, generator=generator, device=x.device)
-    sites = is_masked & (u < (t - s) / t)
+    sites = is_masked & (uniform(x.shape, generator, x.device) < (t - s) / t)
     t_input = t.clamp(T_MIN, T_MAX)
     draw = sample_at(denoiser, x, t_input, label, sites, options, generator)
     return draw.x, is_masked.float(), draw.calls
@@ -270,7 +269,7 @@ def unmask_step(
 
 @torch.no_grad()
 def confidence(
-    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: torch.Generator,
+    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
     order: str = "confidence", schedule: str = "arccos", noise: float = 4.5,
     vocab: int | None = None, known: Tensor | None = None, temperature: float = 1.0,
     temperature_end: float = 0.0, **decoding,
@@ -306,8 +305,7 @@ def confidence(
             progress = step / max(1, n_steps - 1)
             now = temperature + (temperature_end - temperature) * progress
             options = replace(options, temperature=now)
-        race = torch.empty(x.shape, dtype=torch.float64, device=x.device)
-        gumbel = -race.exponential_(generator=generator).log()
+        gumbel = -exponential(x.shape, generator, x.device).log()
         if order == "random":                           # only tokens that will be kept are drawn
             keys = torch.where(is_masked, gumbel, -torch.inf)
             sites = topk_mask(keys, n_masked - n_left) & is_masked
@@ -331,7 +329,7 @@ def masked_share(done: float, schedule: str) -> float:
 
 @torch.no_grad()
 def remdm(
-    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: torch.Generator,
+    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
     remask: str = "confidence", eta: float | None = None, vocab: int | None = None,
     known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
@@ -357,7 +355,7 @@ def remdm(
         t = 1 - step / n_steps
         s = 1 - (step + 1) / n_steps
         is_masked = editable & (x == vocab)
-        u = torch.rand(x.shape, generator=generator, device=x.device)
+        u = uniform(x.shape, generator, x.device)
         most = most_remasked(t, s)
         most = min(eta, most) if remask == "cap" else min(1.0, eta) * most
         sigma = torch.full(x.shape, most, device=x.device)
@@ -385,7 +383,7 @@ def most_remasked(t: float, s: float) -> float:
 
 @torch.no_grad()
 def self_correct(
-    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: torch.Generator,
+    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
     k: int = 1, t: float = 0.01, temperature: float = 0.1, patience: int = 32,
     p_uniform: float = 0.1, known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
@@ -415,7 +413,7 @@ def self_correct(
         p_noise[rows] = posterior_noise_prob(p_at_x, x[rows], level, noise) * editable[rows]
 
         probs = truncate_probs(logits.float(), options)
-        draws = sample_categorical(probs, generator)                    # (b, N)
+        draws = sample_categorical(probs, of_rows(generator, rows))     # (b, N)
         differs = (draws != x[rows]) & editable[rows]
         p_draw = gather_at(probs, draws).double()
         keys = torch.where(differs, p_draw, -1.0)

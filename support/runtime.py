@@ -222,9 +222,14 @@ def freeze(nets: dict[str, nn.Module], device: torch.device, dtype: str = "auto"
 def generator(stream: str, *key: int, device="cpu") -> torch.Generator:
     """Randomness as a function of a stream's name and a tuple of numbers: no state to save, the
     same on every machine. No two keys share a seed, whatever their lengths."""
+    return torch.Generator(device).manual_seed(seed_of(stream, *key))
+
+
+def seed_of(stream: str, *key: int) -> int:
+    """-> a number in [0, 2^63)"""
     words = " ".join([stream, *(str(int(number)) for number in key)])
     seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little")
-    return torch.Generator(device).manual_seed(seed >> 1)
+    return seed >> 1
 
 
 def commit() -> str:
