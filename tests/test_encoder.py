@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 from sources import images
-from support import render, validate
+from support import pictures, validate
 
 
 class CosmosLike(torch.nn.Module):
@@ -119,8 +119,8 @@ def test_decoder_travels_and_a_changed_one_is_refused(tmp_path):
     run.mkdir()
     data.copy_decoder(data.ROOT / "made", run, meta)
     decoder = validate.find_decoder("", run, meta, "cpu")
-    pictures = render.pictures(np.full((1, 32, 32), 200), meta, decoder)
-    assert pictures.shape == (1, 256, 256, 3) and (pictures == 255).all()
+    shown = pictures.pictures(np.full((1, 32, 32), 200), meta, decoder)
+    assert shown.shape == (1, 256, 256, 3) and (shown == 255).all()
     with open(run / "decoder.jit", "ab") as file:
         file.write(b"more")
     with pytest.raises(SystemExit, match=r"decoder\.jit has changed"):
