@@ -382,9 +382,11 @@ def draw_reconstructions(path: Path, pixels: np.ndarray, output: np.ndarray) -> 
     """Held-out pictures over their reconstructions."""
     n = min(N_SHOWN, len(pixels))
     chosen = np.arange(n) * (len(pixels) // n)
-    tiles = np.concatenate([pixels[chosen], output[chosen]])
-    captions = ["held-out"] * n + ["reconstructed"] * n
-    write_grid(path, fit_images(tiles, n), captions, n)
+    rows = []
+    for caption, shown in (("held-out", pixels), ("reconstructed", output)):
+        tiles = fit_images(shown[chosen], n)
+        rows.append([(caption, tile) for tile in tiles])
+    write_grid(path, rows)
 
 
 

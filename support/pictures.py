@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from support.canvas import (
+    BORDER,
     CAPTION_H,
     GAP,
     MAX_WIDTH,
@@ -181,7 +182,16 @@ def pictures(
         return fit_images(images, n_tiles)
     if meta["palette"] == "text":
         return text_pictures(cells, meta["vocab"], chosen)
-    return enlarge(palette(meta)[cells], chosen)
+    drawn = enlarge(palette(meta)[cells], chosen)
+    if tokens.ndim == 4:
+        separate_frames(drawn, chosen * tokens.shape[2], chosen * tokens.shape[3])
+    return drawn
+
+
+def separate_frames(drawn: np.ndarray, height: int, width: int) -> None:
+    """Draw, in place, lines between video frames of this size.  drawn (n, H, W, 3)"""
+    drawn[:, height::height] = BORDER
+    drawn[:, :, width::width] = BORDER
 
 
 # Bytes as characters
@@ -339,10 +349,16 @@ def outline_region(tiles: np.ndarray, where: np.ndarray | None, colour: Colour) 
     for tile, cells in zip(tiles, as_rows_and_columns(where), strict=True):
         reach = line_width(tile, cells)
         inside = stretch(cells, tile.shape[:2])
-        padded = np.pad(inside, reach)
-        around = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1,) * 2)
-        is_edge = inside & ~around.all((2, 3))
-        tile[is_edge] = colour
+        tile[inside & ~eroded(inside, reach)] = colour
+
+
+def eroded(inside: np.ndarray, reach: int) -> np.ndarray:
+    """The pixels that are further than `reach` from all that is not inside.  (H, W) bool"""
+    padded = np.pad(inside, reach)
+    for axis in (0, 1):
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis)
+        padded = windows.all(-1)
+    return padded
 
 
 def line_width(tile: np.ndarray, cells: np.ndarray) -> int:
@@ -392,9 +408,10 @@ def samples_png(
     tiles = pictures(tokens, meta, decoder, scale)
     frame_cells(tiles, wrong, WRONG)
     captions = [label_name(label, meta) for label in labels]
-    slot_w = max(tiles.shape[2], MIN_CAPTION_W) + GAP
-    columns = min(len(tiles), COLUMNS, max(1, (MAX_WIDTH - GAP) // slot_w))
-    write_grid(path, tiles, captions, columns, title, background(meta))
+    captioned = list(zip(captions, tiles, strict=True))
+    columns = columns_of(tiles)
+    rows = [captioned[i:i + columns] for i in range(0, len(tiles), columns)]
+    write_grid(path, rows, title, background(meta))
 
 
 def pairs_png(
@@ -405,37 +422,46 @@ def pairs_png(
     title: Sequence[str] = (),
     decoder: Decoder | None = None,
 ) -> None:
-    """Write pairs of pictures in a row, one above the other, each under its caption.
+    """Write pairs of pictures side by side, one above the other, each under its caption.
 
     pairs (n, 2, *grid), captions n pairs of texts
     """
-    upper_then_lower = pairs.swapaxes(0, 1).reshape(-1, *pairs.shape[2:])
-    tiles = pictures(upper_then_lower, meta, decoder, n_tiles=len(pairs))   # (2n, H, W, 3)
-    words = [pair[0] for pair in captions] + [pair[1] for pair in captions]
-    write_grid(path, tiles, words, len(pairs), title, background(meta))
+    n = len(pairs)
+    tiles = pictures(pairs.reshape(2 * n, *pairs.shape[2:]), meta, decoder)     # (2n, H, W, 3)
+    words = [caption for pair in captions for caption in pair]
+    captioned = list(zip(words, tiles, strict=True))
+    columns = columns_of(tiles)
+    rows = []
+    for i in range(0, 2 * n, 2 * columns):
+        chosen = captioned[i:i + 2 * columns]
+        rows += [chosen[0::2], chosen[1::2]]
+    write_grid(path, rows, title, background(meta))
+
+
+def columns_of(tiles: np.ndarray) -> int:
+    """How many of these pictures (n, H, W, 3) fit side by side."""
+    slot_w = max(tiles.shape[2], MIN_CAPTION_W) + GAP
+    return max(1, min(COLUMNS, (MAX_WIDTH - GAP) // slot_w))
 
 
 def write_grid(
     path: str | Path,
-    tiles: np.ndarray,
-    captions: Sequence[str],
-    columns: int,
+    rows: Sequence[Sequence[tuple[str, np.ndarray]]],
     title: Sequence[str] = (),
     colour: Colour = NAVY,
 ) -> None:
-    """Write pictures (n, H, W, 3), each under its caption, below a title."""
-    height, width = tiles.shape[1:3]
+    """Write rows of captions and pictures (H, W, 3), all of one size, below a title."""
+    height, width = rows[0][0][1].shape[:2]
     slot_w = max(width, MIN_CAPTION_W)
-    caption_h = CAPTION_H if any(captions) else 0
+    has_captions = any(words for row in rows for words, _ in row)
+    caption_h = CAPTION_H if has_captions else 0
     cell_h = caption_h + height + GAP
-    rows = math.ceil(len(tiles) / columns)
-    body_w = GAP + columns * (slot_w + GAP)
-    lines = [title_items(title)]
-    canvas, body_y = canvas_below_header(lines, body_w, rows * cell_h, colour)
-    for i, tile in enumerate(tiles):
-        row, column = divmod(i, columns)
-        x = GAP + column * (slot_w + GAP)
-        y = body_y + row * cell_h
-        canvas.title(captions[i], x + slot_w // 2, y, slot_w, "ma")
-        canvas.paste_framed(tile, x + (slot_w - width) // 2, y + caption_h)
+    body_w = GAP + len(rows[0]) * (slot_w + GAP)
+    canvas, body_y = canvas_below_header([title_items(title)], body_w, len(rows) * cell_h, colour)
+    for i, row in enumerate(rows):
+        y = body_y + i * cell_h
+        for j, (words, tile) in enumerate(row):
+            x = GAP + j * (slot_w + GAP)
+            canvas.title(words, x + slot_w // 2, y, slot_w, "ma")
+            canvas.paste_framed(tile, x + (slot_w - width) // 2, y + caption_h)
     canvas.image.save(path)
