@@ -56,7 +56,7 @@ from tqdm import tqdm
 import data
 import methods
 from diffusion import forcing, samplers
-from support import diagnostics, logs, metrics, render, runtime
+from support import diagnostics, logs, metrics, pictures, runtime
 from support.checkpoint import load_run
 from support.validate import find_decoder
 
@@ -114,7 +114,7 @@ class Judged:
         grids = tokens.reshape(-1, *self.spec.grid)
         starts = range(0, len(grids), DECODED)
         return np.concatenate([
-            render.decoded_pictures(grids[i:i + DECODED], self.spec.meta, self.decoder)
+            pictures.decoded_pictures(grids[i:i + DECODED], self.spec.meta, self.decoder)
             for i in starts
         ])
 
@@ -411,7 +411,7 @@ def evaluate(
         )
         rows.append(out)
         if isinstance(judged.metrics, metrics.PictureMetrics):
-            draw_neighbours(judged, f"{stage.name}_{nfe}", tokens, labels)
+            draw_neighbours(judged, stage.name, nfe, tokens, labels)
         if flags.decoder:
             stem = f"{stage.name}_{nfe}_seed{seed}_guidance{flags.guidance or 1:g}"
             write_images(judged, stem, tokens)
@@ -437,19 +437,20 @@ def write_frames(path: Path, row: dict[str, Any], per_frame: dict[str, np.ndarra
 
 
 def draw_neighbours(
-    judged: Judged, name: str, tokens: np.ndarray, labels: np.ndarray
+    judged: Judged, sampler: str, nfe: int, tokens: np.ndarray, labels: np.ndarray
 ) -> None:
-    """The first samples over their nearest training pictures: RUN/neighbours_NAME.png."""
+    """The first samples over their nearest training pictures: RUN/neighbours_SAMPLER_NFE.png."""
     meta = judged.spec.meta
     tokens = tokens[:N_NEIGHBOURS]
     nearest, distances = judged.metrics.nearest(tokens)
     captions = [
-        [render.label_name(label, meta), f"{distance:.0f} of 255 rms"]
+        [pictures.label_name(label, meta), f"{distance:.0f} of 255 rms"]
         for label, distance in zip(labels, distances, strict=False)
     ]
     pairs = np.stack([tokens, nearest], 1).reshape(len(tokens), 2, *meta["grid"])
-    path = judged.run.folder / f"neighbours_{name}.png"
-    render.pairs_png(path, pairs, captions, meta, judged.decoder)
+    path = judged.run.folder / f"neighbours_{sampler}_{nfe}.png"
+    title = [f"{sampler} at {nfe} NFE", "below: the nearest training pictures"]
+    pictures.pairs_png(path, pairs, captions, meta, title, judged.decoder)
 
 
 def write_images(judged: Judged, name: str, tokens: np.ndarray) -> None:

@@ -20,6 +20,11 @@ from diffusion.processes import Noise, require_posterior, stratified_t
 from diffusion.randomness import Random
 
 
+def no_noise(spec, nets, last, label, **options):
+    """After a sampler whose clock ends at level 0."""
+    return torch.zeros_like(last.p_noise)
+
+
 class Sampler(NamedTuple):
     """A sampler as a method uses it.
 
@@ -29,6 +34,8 @@ class Sampler(NamedTuple):
     function: Callable                  # its keyword arguments are what a user may set
     call: Callable                      # (spec, nets, x, label, **options) -> yields State
     more_options: tuple[str, ...] = ()  # options that `call` reads itself
+    # (spec, nets, last State, label, **options) -> P(noise) of the finished tokens (B, N)
+    p_noise_after: Callable = no_noise
 
 
 class Method(NamedTuple):
@@ -168,6 +175,15 @@ def planned(spec, nets, x, label, **options):
     )
 
 
+def after_planned(spec, nets, last, label, **options):
+    names = ("known", "guidance", "planner_guidance", "null_label")
+    own = {name: options[name] for name in names if name in options}
+    return samplers.p_noise_after(
+        nets.get("planner"), nets["denoiser"], last, label,
+        denoiser_process=spec.noise.process, **own,
+    )
+
+
 def ancestral(kind):
     def call(spec, nets, x, label, **options):
         noise = asdict(spec.noise)
@@ -187,15 +203,30 @@ def self_correct(spec, nets, x, label, **options):
     )
 
 
+def after_self_correct(spec, nets, last, label, **options):
+    """What a further step, which is not taken, would say."""
+    generator = torch.Generator(last.x.device)
+    further = self_correct(
+        spec, nets, last.x, label, n_steps=1, generator=generator, **options
+    )
+    return next(further).p_noise
+
+
 def rollout_levels(spec, known, n_steps, frames=0, lag=-1):
     """The scheduling matrix of a rollout after the first frames, as far as all tokens are known,
-    its levels spaced as the process has them."""
+    its levels spaced as the process has them: a row for each step, and one before."""
     context_frames = 0
     if known is not None and spec.is_video:
         is_known = known.view(len(known), -1, spec.shape.frame_size).all(2).all(0)     # (F,)
         context_frames = int(is_known.int().cumprod(0).sum())
     even = forcing.rollout_levels(spec.grid, n_steps, frames, lag, context_frames)
-    return spec.noise.spaced(even)
+    levels = spec.noise.spaced(even)
+    if known is not None and spec.is_video:             # steps in which only known frames fall
+        levels = levels.masked_fill(is_known, 0)
+        is_step = (levels[:-1] > levels[1:]).any(1)
+        is_step[-1] |= not is_step.any()                # all is known: one State is yielded
+        levels = torch.cat([levels[:1], levels[1:][is_step]])
+    return levels
 
 
 def rollout(spec, nets, x, label, *, n_steps, frames=0, lag=-1, **options):
@@ -214,7 +245,7 @@ def rollout_together(spec, nets, x, label, **options):
     return rollout(spec, nets, x, label, lag=0, **options)
 
 
-PLANNED = Sampler(samplers.ddpd, planned)
+PLANNED = Sampler(samplers.ddpd, planned, p_noise_after=after_planned)
 ANCESTRAL = Sampler(samplers.ancestral, ancestral("others"))
 ANCESTRAL_OF_X0 = Sampler(samplers.ancestral, ancestral("self"))
 
@@ -256,7 +287,9 @@ METHODS = {
         bounds=likelihood.gidd_bound,
         samplers={
             "ancestral": ANCESTRAL,
-            "self_correct": Sampler(samplers.self_correct, self_correct),
+            "self_correct": Sampler(
+                samplers.self_correct, self_correct, p_noise_after=after_self_correct
+            ),
         },
     ),
     # one denoiser that is told the noise level of each token
@@ -291,28 +324,51 @@ def options_of(sampler: Sampler) -> list[str]:
 def sample(
     spec: Spec, nets: dict[str, Callable], label: Tensor, *, n_steps: int,
     generator: Random, sampler: str = "", known: Tensor | None = None,
-    known_tokens: Tensor | None = None, frames: int = 0, **options,
+    known_tokens: Tensor | None = None, frames: int = 0, x: Tensor | None = None, **options,
 ) -> Iterator[State]:
     """Sample a run's networks from pure noise, but for the tokens that are known.  -> yields State
 
     label (B,); sampler: one of the method's, "": its first; known (B, N) bool, known_tokens (B, N);
-    self_correct corrects known_tokens; frames of a rollout, 0: as many as the data has
+    self_correct corrects known_tokens; frames of a rollout, 0: as many as the data has;
+    x (B, N): where sampling starts, None: at starting_tokens
     """
     sampler = sampler or next(iter(spec.method.samplers))
     chosen = find_sampler(spec, sampler)
-    grid = [frames or spec.grid[0], *spec.grid[1:]] if spec.is_video else spec.grid
-    shape = (len(label), math.prod(grid))
-    if sampler == "self_correct":
-        x = known_tokens
-    else:
-        is_planned = sampler == "ddpd"                  # the planner's noise has no masks
-        prior = spec.noise.without_masks() if is_planned else spec.noise
-        x = prior.sample_prior(shape, generator, label.device)
-        if known is not None:
-            x = torch.where(known, known_tokens, x)
+    if x is None:
+        x = starting_tokens(spec, label, generator, sampler, known, known_tokens, frames)
     if spec.method.has_own_levels:
         options["frames"] = frames
     return chosen.call(
         spec, nets, x, label, n_steps=n_steps, generator=generator, known=known,
         null_label=spec.n_classes, **options,
+    )
+
+
+def starting_tokens(
+    spec: Spec, label: Tensor, generator: Random, sampler: str,
+    known: Tensor | None = None, known_tokens: Tensor | None = None, frames: int = 0,
+) -> Tensor:
+    """Where sample() starts: the sampler's pure noise around what is known.  -> (B, N)"""
+    if sampler == "self_correct":
+        return known_tokens
+    grid = [frames or spec.grid[0], *spec.grid[1:]] if spec.is_video else spec.grid
+    shape = (len(label), math.prod(grid))
+    is_planned = sampler == "ddpd"                      # the planner's noise has no masks
+    prior = spec.noise.without_masks() if is_planned else spec.noise
+    x = prior.sample_prior(shape, generator, label.device)
+    return x if known is None else torch.where(known, known_tokens, x)
+
+
+def p_noise_after(
+    spec: Spec, nets: dict[str, Callable], last: State, label: Tensor, *, sampler: str,
+    known: Tensor | None = None, **options,
+) -> Tensor:
+    """P(noise) of the tokens of sample()'s last State, for pictures.  -> (B, N)
+
+    Planner (ddpd) and self_correct are asked once more, a call that State.nfe does not count;
+    other samplers end at noise level 0
+    """
+    chosen = find_sampler(spec, sampler)
+    return chosen.p_noise_after(
+        spec, nets, last, label, known=known, null_label=spec.n_classes, **options
     )

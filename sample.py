@@ -21,6 +21,7 @@ class SampleOptions:
     seed: config.Seed = 0                   # of the noise and every draw
     known: str = ""                         # inpainting: .npz of tokens (n, *grid) and bool mask
     n_video: config.NotNegative = 10        # samples in the video; 0: no video
+    scale: config.NotNegative = 0           # pixels per token in pictures; 0: chosen by their size
     # TorchScript file (code that is run), tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
     decoder: str = ""
 
@@ -51,9 +52,9 @@ from tqdm import tqdm
 
 import data
 import methods
-from support import render, runtime
+from support import pictures, runtime, videos
 from support.checkpoint import Run, load_run
-from support.validate import find_decoder, render_frame
+from support.validate import find_decoder
 
 N_STEPS = 64
 N_STEPS_PER_FRAME = 4       # of a video
@@ -183,6 +184,13 @@ class Stage(NamedTuple):
         """Of its video."""
         return {"self_correct": "correct", "rollout": "rollout"}.get(self.sampler, "planner")
 
+    def title(self, is_video: bool) -> list[str]:
+        """Of its pictures: the sampler, its steps, and the options that were given."""
+        is_by_frames = is_video and self.sampler == "rollout"
+        steps = f"{self.n_steps} steps a frame" if is_by_frames else f"{self.n_steps} steps"
+        options = [f"{name.replace('_', ' ')} {value}" for name, value in self.options.items()]
+        return [self.sampler, steps, *options]
+
 
 def plan_stages(flags: Flags, spec: methods.Spec) -> list[Stage]:
     """Each option goes to the stages that have it; one that none has is refused."""
@@ -213,7 +221,7 @@ def plan_stages(flags: Flags, spec: methods.Spec) -> list[Stage]:
 class Drawn(NamedTuple):
     tokens: np.ndarray                      # (n, *grid)
     nfe: Tensor                             # (n,) network calls of all stages
-    frames: dict[str, list]                 # stem of a video -> what render needs of each State
+    moments: dict[str, list[videos.Moment]]     # stem of a video -> what it shows
 
 
 def draw(flags: Flags, run: Run, start: Start, stages: list[Stage]) -> Drawn:
@@ -225,18 +233,21 @@ def draw(flags: Flags, run: Run, start: Start, stages: list[Stage]) -> Drawn:
     )
     n_shown = min(flags.n_video, len(start.labels))
     nfe = 0
-    frames = {}
+    moments = {}
     for stage in stages:
         before = known_tokens
         with (
             runtime.one_line_errors(ValueError),
             runtime.autocast(run.device, run.spec.config["dtype"]),
         ):
+            x = methods.starting_tokens(
+                run.spec, label, rng, stage.sampler, known, known_tokens, flags.frames
+            )
             states = methods.sample(
                 run.spec, run.nets, label, sampler=stage.sampler, n_steps=stage.n_steps,
-                generator=rng, known=known, known_tokens=known_tokens, frames=flags.frames,
-                **stage.options,
+                generator=rng, known=known, frames=flags.frames, x=x, **stage.options,
             )
+            recording = videos.Recording(x, start.grid, n_shown)
             first = next(states)  # a refusal comes before the bar
             total = (
                 None
@@ -245,16 +256,20 @@ def draw(flags: Flags, run: Run, start: Start, stages: list[Stage]) -> Drawn:
             )
             for state in tqdm(itertools.chain([first], states), total=total, unit="step"):
                 if n_shown:
-                    frames.setdefault(stage.file_stem, []).append(
-                        render_frame(state, start.grid, n_shown)
-                    )
+                    recording.add(state)
+            if n_shown:
+                after = methods.p_noise_after(
+                    run.spec, run.nets, state, label, sampler=stage.sampler, known=known,
+                    **stage.options,
+                )
+                moments[stage.file_stem] = recording.finish(after)
         nfe = nfe + state.nfe
         if stage.sampler == "self_correct":
             print(
                 f"self-correction changed {(state.x != before).sum()} of {state.x.numel()} tokens"
             )
         known_tokens = state.x
-    return Drawn(state.x.view(-1, *start.grid).cpu().numpy(), nfe, frames)
+    return Drawn(state.x.view(-1, *start.grid).cpu().numpy(), nfe, moments)
 
 
 # Files
@@ -267,11 +282,12 @@ def write_videos(
     """A video of each stage.  -> names of the files"""
     names = []
     for stage in stages:
-        frames = drawn.frames.get(stage.file_stem)
-        if not frames:
+        moments = drawn.moments.get(stage.file_stem)
+        if not moments:
             continue
-        n = len(frames[0][0])
+        n = len(moments[0].x)
         labels = start.labels[:n]
+        title = stage.title(spec.is_video)
         real = None if start.real is None else start.real[:n]
         known = None                                    # ids that are given show themselves
         if start.known is not None and not spec.meta["given"]:
@@ -279,13 +295,15 @@ def write_videos(
         if spec.is_video and spec.method.has_own_levels:
             lag = 0 if stage.sampler == "ancestral" else stage.options.get("lag", -1)
             levels = methods.rollout_levels(spec, start.known, stage.n_steps, flags.frames, lag)
-            pictures = render.rollout_frames(frames, levels[1:].numpy(), real, known, spec.meta)
+            frames = videos.rollout_frames(
+                moments, levels.numpy(), real, known, spec.meta, title, flags.scale
+            )
         else:
             errors = None if wrong is None else wrong[:n]
-            pictures = render.planner_frames(
-                frames, labels, spec.meta, decoder, known, real, errors
+            frames = videos.planner_frames(
+                moments, labels, spec.meta, title, decoder, known, real, errors, flags.scale
             )
-        render.write_video(Path(flags.run) / stage.file_stem, pictures)
+        videos.write_video(Path(flags.run) / stage.file_stem, frames)
         names += [f"{stage.file_stem}.mp4", f"{stage.file_stem}.gif"]
     return names
 
@@ -312,8 +330,10 @@ def write_files(
     with runtime.one_line_errors(OSError):
         np.savez(folder / "samples.npz", tokens=drawn.tokens, labels=np.array(start.labels),
                  settings=json.dumps(settings))
-        render.samples_png(
-            folder / "samples.png", drawn.tokens, start.labels, spec.meta, decoder, wrong
+        title = [words for stage in stages for words in stage.title(spec.is_video)]
+        pictures.samples_png(
+            folder / "samples.png", drawn.tokens, start.labels, spec.meta, title, decoder, wrong,
+            flags.scale,
         )
         videos = write_videos(flags, spec, start, stages, drawn, decoder, wrong)
     if source:
@@ -342,6 +362,15 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
     return flags
 
 
+def check_scale(flags: Flags, spec: methods.Spec, start: Start, decoder) -> None:
+    """Refuse, before anything is sampled, a scale that the pictures do not fit."""
+    is_alone = not flags.n_video or (spec.is_video and spec.method.has_own_levels)
+    has_third = start.real is not None or decoder is not None
+    n_tiles = 1 if is_alone else 3 if has_third else 2
+    blank = np.zeros((1, *start.grid), np.int64)
+    pictures.pictures(blank, spec.meta, decoder, flags.scale, n_tiles)
+
+
 def main(flags: Flags) -> None:
     device = runtime.pick_device()
     run = load_run(flags.run, device)
@@ -350,6 +379,7 @@ def main(flags: Flags) -> None:
     decoder = find_decoder(flags.decoder, run.folder, run.spec.meta, device)
     start = starting_point(flags, run.spec)
     stages = plan_stages(flags, run.spec)
+    check_scale(flags, run.spec, start, decoder)
     began = time.perf_counter()
     drawn = draw(flags, run, start, stages)
     seconds = time.perf_counter() - began

@@ -61,7 +61,8 @@ from tqdm import tqdm
 from data import ShuffledIndices
 from sources import images
 from sources._pictures import pixel_chunks, report_unreadable
-from support import checkpoint, logs, render, runtime, training
+from support import checkpoint, logs, runtime, training
+from support.pictures import fit_images, write_grid
 
 EMA_DECAY = 0.995
 WARMUP_ITERS = 50
@@ -382,17 +383,12 @@ def draw_reconstructions(path: Path, pixels: np.ndarray, output: np.ndarray) -> 
     """Held-out pictures over their reconstructions."""
     n = min(N_SHOWN, len(pixels))
     chosen = np.arange(n) * (len(pixels) // n)
-    side = pixels.shape[1]
-    scale = max(1, render.TILE // side)
-    tile = side * scale + render.GAP
-    canvas = render.Canvas(n * tile + render.GAP, 2 * (tile + render.CAPTION_H) + render.GAP)
-    for row, (title, rows) in enumerate((("held-out", pixels), ("reconstructed", output))):
-        top = render.GAP + row * (tile + render.CAPTION_H)
-        canvas.text(title, render.GAP, top, 15)
-        for i, picture in enumerate(rows[chosen]):
-            large = picture.repeat(scale, 0).repeat(scale, 1)
-            canvas.paste(large, render.GAP + i * tile, top + render.CAPTION_H)
-    canvas.image.save(path)
+    rows = []
+    for caption, shown in (("held-out", pixels), ("reconstructed", output)):
+        tiles = fit_images(shown[chosen], n)
+        rows.append([(caption, tile) for tile in tiles])
+    write_grid(path, rows)
+
 
 
 def check_flags(flags: Flags) -> Flags:

@@ -145,6 +145,21 @@ def plan_noise(
     return Plan(p_noise * editable, leave_one_out.log(), calls)
 
 
+@torch.no_grad()
+def p_noise_after(
+    planner: Callable | None, denoiser: Callable, last: State, label: Tensor, *,
+    denoiser_process: str, known: Tensor | None = None, guidance: float = 1.0,
+    planner_guidance: float = 1.0, null_label: int | None = None,
+) -> Tensor:
+    """What one more network call says of ddpd's last State: P(noise) of its tokens.  -> (B, N)"""
+    options = Decoding(guidance=guidance, null_label=null_label)
+    editable = editable_mask(last.x, known)
+    t = mean_level(last.p_noise * ~last.written, editable)
+    seen = (last.x, t, label, editable)
+    plan = plan_noise(planner, denoiser, *seen, options, planner_guidance, denoiser_process)
+    return plan.p_noise
+
+
 def mean_level(p_noise: Tensor, editable: Tensor) -> Tensor:
     """The t that solves 1 - P(keep) = mean p_noise, where P(keep) = 1 - t.  (b, N) -> (b, 1)"""
     n_editable = editable.sum(1, keepdim=True).clamp_min(1)

@@ -31,7 +31,8 @@ SPEEDS = [                      # pixels per frame, (down, right)
 N_STOCHASTIC = 20_000
 VAL_SHARE = 0.1
 SEED = 0
-PALETTE = [[16, 18, 28], [240, 200, 80], [220, 80, 90], [90, 170, 240]]
+# far from the orange, red, blue and purple of marks on pictures
+PALETTE = [[16, 18, 28], [240, 236, 220], [214, 84, 190], [60, 170, 120]]
 
 
 def folder_name(options) -> str:

@@ -12,7 +12,7 @@ import config
 import data
 import methods
 from diffusion import objectives
-from support import logs, render, runtime
+from support import logs, pictures, runtime, videos
 from support.chunked_head import hidden_at_sites, map_logits
 
 N_BINS = 10                 # of noise level
@@ -161,10 +161,10 @@ def validate_and_log(
 
 def find_decoder(
     path: str, folder: Path, meta: dict, device: torch.device | str
-) -> render.Decoder | None:
+) -> pictures.Decoder | None:
     """The decoder that a flag names, or else the one kept in the run's folder, if any."""
     chosen = path or data.checked_decoder(folder, meta)
-    return render.load_decoder(str(chosen), meta, device) if chosen else None
+    return pictures.load_decoder(str(chosen), meta, device) if chosen else None
 
 
 @torch.no_grad()
@@ -182,15 +182,21 @@ def draw_samples(
     if known is not None:
         label = real_label
     rng = runtime.generator("pictures", device=device)
-    frames = []
+    sampler = next(iter(spec.method.samplers))
+    n_steps = N_STEPS_PER_FRAME if spec.is_video else N_STEPS
     with runtime.autocast(device, cfg.dtype):
+        x = methods.starting_tokens(spec, label, rng, sampler, known, real)
+        recording = videos.Recording(x, spec.grid, n)
         states = methods.sample(
-            spec, nets, label, n_steps=N_STEPS_PER_FRAME if spec.is_video else N_STEPS,
-            generator=rng, known_tokens=real, known=known,
+            spec, nets, label, n_steps=n_steps, generator=rng, known=known, x=x
         )
         for state in states:
             if log.wandb:
-                frames.append(render_frame(state, spec.grid))
+                recording.add(state)
+        if log.wandb:
+            after = methods.p_noise_after(
+                spec, nets, state, label, sampler=sampler, known=known
+            )
     folder = Path(cfg.out_dir)
     tokens = state.x.view(-1, *spec.grid).cpu().numpy()
     decoder = None
@@ -198,18 +204,13 @@ def draw_samples(
         decoder = find_decoder("", folder, spec.meta, device)
     except SystemExit as error:     # pictures never end a training
         print(f"tokens are shown without their decoder: {error}")
-    render.samples_png(folder / "samples.png", tokens, label.tolist(), spec.meta, decoder)
+    title = [sampler, f"{n_steps} steps", f"iteration {it}"]
+    pictures.samples_png(
+        folder / "samples.png", tokens, label.tolist(), spec.meta, title, decoder
+    )
     if log.wandb:
-        render.write_video(
-            folder / "planner", render.planner_frames(frames, label.tolist(), spec.meta, decoder)
+        frames = videos.planner_frames(
+            recording.finish(after), label.tolist(), spec.meta, title, decoder
         )
+        videos.write_video(folder / "planner", frames)
         log.media(it, samples=folder / "samples.png", planner=folder / "planner.mp4")
-
-
-def render_frame(state, grid: list[int], n: int | None = None) -> list:
-    """The first n samples of a State as render wants them.  -> x, p_noise, written (n, *grid)
-    arrays, nfe (n,)"""
-    shaped = [
-        y[:n].unflatten(1, grid).cpu().numpy() for y in (state.x, state.p_noise, state.written)
-    ]
-    return [*shaped, state.nfe[:n].cpu().numpy()]

@@ -14,7 +14,7 @@ from PIL import Image
 import data
 import evaluate
 from sources import avatars
-from support import features, metrics, render
+from support import features, metrics, pictures
 
 COLOURS = [[255, 255, 255], [200, 30, 30], [30, 60, 200], [225, 225, 225]]
 SIDE = 8
@@ -174,7 +174,7 @@ def test_neighbours_are_drawn_below_their_samples(tmp_path):
     meta = meta_of(4, [SIDE, SIDE], 2, palette=COLOURS)
     pairs = np.array([[0, 1], [2, 3]])[:, :, None, None] + np.zeros((SIDE, SIDE), int)
     path = tmp_path / "pairs.png"
-    render.pairs_png(path, pairs, [("a", "b")] * 2, meta)
+    pictures.pairs_png(path, pairs, [("a", "b")] * 2, meta)
     drawn = np.asarray(Image.open(path))
     height, width = drawn.shape[:2]
     for column in range(2):

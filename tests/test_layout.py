@@ -32,12 +32,12 @@ SUPPORT = {
     f"support.{name}"
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
-        render diagnostics timing
+        canvas pictures videos diagnostics timing
     """.split()
 }
 BY_THEMSELVES = {
     "config", "data", "diffusion.processes",
-    "support.attention", "support.render", "support.chunked_head",
+    "support.attention", "support.canvas", "support.chunked_head",
     "support.runtime",
 }
 

@@ -600,7 +600,7 @@ def test_logging_never_ends_a_run(copy, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(json, "dumps", lambda *args, **kwargs: full())
         patch.setattr("support.checkpoint.write_config", lambda *args: None)
-        patch.setattr("support.render.samples_png", full)
+        patch.setattr("support.pictures.samples_png", full)
         train_ddpd.main(tiny(copy.name, "--max-iters", 4, "--eval-interval", 1))
     said = capsys.readouterr().err
     assert said.count("log.jsonl: [Errno 28]") == said.count("samples.png: [Errno 28]") == 1
