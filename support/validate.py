@@ -163,7 +163,7 @@ def find_decoder(
     path: str, folder: Path, meta: dict, device: torch.device | str
 ) -> render.Decoder | None:
     """The decoder that a flag names, or else the one kept in the run's folder, if any."""
-    chosen = path or data.checked_decoder(folder, meta)
+    chosen = path or data.kept_file(folder, meta, "decoder")
     return render.load_decoder(str(chosen), meta, device) if chosen else None
 
 

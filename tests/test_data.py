@@ -144,8 +144,9 @@ def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
     assert hint in refusal(data.load, "mnist")
     assert "--image-size 16 --grey-levels 4" in refusal(data.load, "mnist", 16, 4)
     assert "no data in data/imagenet" in refusal(data.load, "imagenet")
-    assert "leaves the folder" in refusal(data.load, "../other")
-    assert "leaves" in refusal(data.load, "/tmp/other")
+    assert "no data in ../other: there is no meta.json" in refusal(data.load, "../other")
+    assert "no data in /nowhere/other" in refusal(data.load, "/nowhere/other")
+    assert "leaves the folder" in refusal(data.load, "..")
     done = script("data.py", "mnst")
     assert done.returncode == 1
     assert done.stderr.strip().endswith("did you mean mnist?")
