@@ -27,9 +27,11 @@ BAR_SPACE = 84          # width of the colour bar and its numbers
 NAMES_W = 50            # "made" and "real" on the left of a strip of video frames
 GLYPH_W = 10            # one character
 GLYPH_H = 20
+WORD_W = 64             # one token of a tokenizer
 CELL = 5                # one token of a video rollout
 
 LINE_LENGTH = 32        # characters per line of text
+WORDS_PER_LINE = 8      # tokens of a tokenizer per line
 STRIP = 16              # video frames side by side
 
 # Colours
@@ -76,9 +78,22 @@ def as_rows_and_columns(y: np.ndarray) -> np.ndarray:
         frames = list(y.swapaxes(0, 1))
         return np.concatenate(frames, -1)
     if y.ndim == 2 or y.shape[1] == 1:
-        widths = [w for w in range(1, LINE_LENGTH + 1) if y[0].size % w == 0]
-        return y.reshape(len(y), -1, max(widths))
+        return wrapped(y, LINE_LENGTH)
     return y
+
+
+def wrapped(y: np.ndarray, length: int) -> np.ndarray:
+    """Sequences in equal lines, none longer than that.  (n, ...) -> (n, lines, tokens)"""
+    widths = [w for w in range(1, length + 1) if y[0].size % w == 0]
+    return y.reshape(len(y), -1, max(widths))
+
+
+def in_lines(y: np.ndarray | None, meta: dict) -> np.ndarray | None:
+    """Tokens of a text's tokenizer are words: fewer stand in a line than as_rows_and_columns()
+    puts there.  (n, *grid) -> (n, lines, words), other data as they are"""
+    if y is None or meta["palette"] != "text" or "tokenizer" not in meta:
+        return y
+    return wrapped(y, WORDS_PER_LINE)
 
 
 def glyphs() -> np.ndarray:
@@ -121,10 +136,35 @@ def pictures(tokens: np.ndarray, meta: dict, decoder: Decoder | None = None) -> 
 
 def text_pictures(cells: np.ndarray) -> np.ndarray:
     """Bytes as characters.  cells (n, h, w) -> (n, h * GLYPH_H, w * GLYPH_W, 3) uint8"""
-    n, h, w = cells.shape
-    characters = glyphs()[cells]                    # (n, h, w, GLYPH_H, GLYPH_W, 3)
-    lines = characters.transpose(0, 1, 3, 2, 4, 5)  # (n, h, GLYPH_H, w, GLYPH_W, 3)
-    return lines.reshape(n, h * GLYPH_H, w * GLYPH_W, 3)
+    return joined(glyphs()[cells])
+
+
+def joined(cells: np.ndarray) -> np.ndarray:
+    """Put the pictures of cells together.  (n, h, w, H, W, 3) -> (n, h * H, w * W, 3)"""
+    n, h, w, cell_h, cell_w, _ = cells.shape
+    lines = cells.transpose(0, 1, 3, 2, 4, 5)       # (n, h, H, w, W, 3)
+    return lines.reshape(n, h * cell_h, w * cell_w, 3)
+
+
+def word_decoder(word: Callable[[int], str]) -> Decoder:
+    """Draws each token's text in a cell of its own, for tokens (n, lines, words)."""
+
+    def decode(tokens):
+        ids, index = np.unique(tokens.numpy(), return_inverse=True)
+        drawn = np.stack([word_picture(word(int(token))) for token in ids])
+        pixels = joined(drawn[index.reshape(tokens.shape)])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+    return decode
+
+
+def word_picture(word: str) -> np.ndarray:
+    """The beginning of a word, as much as fits.  -> (GLYPH_H, WORD_W, 3) uint8"""
+    canvas = Canvas(WORD_W, GLYPH_H)
+    shown = word.replace("\n", "\\n").replace("\t", "\\t")
+    colour = UNPRINTABLE if word.isspace() else TEXT
+    canvas.text(shown, 2, GLYPH_H // 2, 13, "lm", colour)
+    return canvas.array()
 
 
 @torch.no_grad()
@@ -271,8 +311,8 @@ def samples_png(
 
     tokens (n, *grid), labels (n,), wrong (n, *grid) bool
     """
-    tiles = pictures(tokens, meta, decoder)
-    outline_each(tiles, wrong, WRONG)
+    tiles = pictures(in_lines(tokens, meta), meta, decoder)
+    outline_each(tiles, in_lines(wrong, meta), WRONG)
     n, height, width = tiles.shape[:3]
     max_columns = 10 if width < 200 else 3
     columns = min(n, max_columns)
@@ -375,11 +415,15 @@ def planner_frames(
     known, real and wrong (n, *grid)  ->  yields (H, W, 3) uint8
     """
     n = len(labels)
-    third = "real" if real is not None else "tokens" if decoder is not None else ""
-    columns = planner_columns(n, meta["palette"] == "text", bool(third))
+    is_text = meta["palette"] == "text"
+    has_tokens = decoder is not None and not is_text
+    third = "real" if real is not None else "tokens" if has_tokens else ""
+    columns = planner_columns(n, is_text, bool(third))
+    known, real, wrong = (in_lines(y, meta) for y in (known, real, wrong))
     third_tiles = pictures(real, meta, decoder) if real is not None else [None] * n
     for step in shown_steps(len(states)):
-        x, p_noise, written, nfe = states[step]
+        *grids, nfe = states[step]
+        x, p_noise, written = (in_lines(y, meta) for y in grids)
         tiles = pictures(x, meta, decoder)
         tile_h, tile_w = tiles.shape[1:3]
         framed = tiles
