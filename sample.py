@@ -88,8 +88,8 @@ def label_of(word: str, meta: dict[str, Any]) -> int:
         pass
     names = meta["class_names"]
     if word not in names:
-        raise SystemExit(f"--labels {word} names no class of {meta['name']}; "
-                         f"{config.nearest(word, names)}")
+        near = config.nearest(word, names) or "it has none"
+        raise SystemExit(f"--labels {word} names no class of {meta['name']}; {near}")
     return names.index(word)
 
 

@@ -55,6 +55,11 @@ def vocabulary(tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def as_json(tokenizer) -> bytes:
+    """The content of its file."""
+    return tokenizer.to_str(pretty=True).encode()
+
+
 def encode(tokenizer, pieces: list[str]) -> list[int]:
     """The ids of pieces of text, one after the other."""
     encoded = tokenizer.encode_batch_fast(pieces, add_special_tokens=False)

@@ -53,7 +53,7 @@ def make(options) -> tuple[dict, Iterator, dict]:
         "palette": "text",
         "given": [],
     }
-    kept = {"tokenizer.json": tokenizer.to_str(pretty=True).encode()} if tokenizer else {}
+    kept = {"tokenizer.json": _tokenizer.as_json(tokenizer)} if tokenizer else {}
     return meta, split_windows(path, size, tokenizer, length), kept
 
 

@@ -317,7 +317,7 @@ def samples_png(
     max_columns = 10 if width < 200 else 3
     columns = min(n, max_columns)
     rows = math.ceil(n / columns)
-    cell_w = width + GAP
+    cell_w = width + (4 * GAP if meta["palette"] == "text" else GAP)
     cell_h = height + CAPTION_H + GAP
     canvas = Canvas(GAP + columns * cell_w, GAP + rows * cell_h)
     for i, tile in enumerate(tiles):

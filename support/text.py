@@ -20,10 +20,13 @@ class Text(NamedTuple):
     tokenizer: Any = None   # of the tokenizers library; None: a token is a byte
 
     def encode(self, text: str) -> list[int]:
-        """Raises ValueError for what is no Unicode text."""
+        """Raises ValueError for a prompt that was not typed in UTF-8."""
+        try:
+            raw = text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("--prompt is not UTF-8 text") from None
         if self.tokenizer is None:
-            return list(text.encode())
-        text.encode()       # the library takes lone surrogates for something else
+            return list(raw)
         return _tokenizer.encode(self.tokenizer, [text])
 
     def to_bytes(self, tokens: np.ndarray) -> bytes:
