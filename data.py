@@ -138,6 +138,7 @@ class Split:
         tokens = np.memmap(self.tokens_file, **self.memmap_options)[index]
         tokens = tokens.reshape(len(index), -1).astype(np.int64)
         labels = self.labels[index].astype(np.int64)
+        self.check_range("token", index, tokens.min(1), self.meta["vocab"])
         self.check_range("token", index, tokens.max(1), self.meta["vocab"])
         self.check_range("label", index, labels, max(1, self.meta["n_classes"]))
         return tokens, labels
