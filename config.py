@@ -36,6 +36,8 @@ NotNegative = Annotated[int, Bound(0)]
 NotNegativeFloat = Annotated[float, Bound(0)]
 Share = Annotated[float, Bound(0, 1)]
 Seed = Annotated[int, Bound(0, 2**32 - 1)]      # distinct seeds are distinct orders of the data
+PROSE = "prose"
+Prose = Annotated[str, PROSE]                   # may be long and have several lines
 
 
 # Training, in the groups of --help
@@ -488,6 +490,8 @@ def check_bounds(flags: Any) -> Any:
     """Refuse, by name, texts and numbers of no use, and numbers outside of their field's Bound."""
     for name, kind in typing.get_type_hints(type(flags), include_extras=True).items():
         value = getattr(flags, name, None)
+        if PROSE in getattr(kind, "__metadata__", ()):
+            continue
         for part in value if isinstance(value, tuple) else (value,):
             if said := flaw(part):
                 raise SystemExit(f"{name} is {said}")

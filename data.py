@@ -1,7 +1,7 @@
 """Tokens on disk, and the command that makes them.
 
-A folder data/<name>/ holds meta.json and, for each split, <split>_tokens.npy (n, *grid) and
-<split>_labels.npy (n,).
+A folder, data/<name>/ or any other, holds meta.json and, for each split, <split>_tokens.npy
+(n, *grid) and, where there are classes, <split>_labels.npy (n,).
 
 python data.py NAME [--folder F | --file F] [--name FOLDER]     make the folder from sources/NAME.py
 python data.py --list                                           list the sources
@@ -50,6 +50,8 @@ META_TYPES = {
     "palette": (str, list),
     "given": list,
 }
+META_DEFAULTS = {"n_classes": 0, "class_names": [], "given": []}
+KEPT = ("decoder", "tokenizer")     # files that travel with the tokens, by their key in meta.json
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,12 @@ class Make:
     encoder: str = ""       # pictures: TorchScript file of an image tokenizer's encoder; it is run
     decoder: str = ""       # with --encoder: its decoder; "": decoder.jit beside it, if any
     group_by: str = ""      # pictures: names that agree up to this text are held out together
-    length: int = 0         # bytes per sequence, if the source is text; 0: its default
+    length: int = 0         # tokens per sequence, if the source is text; 0: its default
     vocab: int = 0          # vocabulary size of a token file or an encoder; 0: found in it
-    tokenizer: str = ""     # tokenizer of the file's tokens or of the encoder: knows its vocabulary
+    # text: bytes, or a JSON file of the `tokenizers` library; of a token file or an encoder: such a
+    # file, or the name of an image tokenizer, which says its vocabulary
+    tokenizer: str = ""
+    train_tokenizer: int = 0    # text: vocabulary of a byte-level BPE that is trained on the file
     stochastic: bool = False    # bounce: draw a new velocity at every wall
 
 
@@ -77,6 +82,7 @@ LARGEST = {                 # of the options that are sizes
     "palette": MAX_COLOURS,
     "length": MAX_TOKENS,
     "vocab": MAX_IDS - 1,
+    "train_tokenizer": MAX_IDS - 1,
 }
 MAX_TEXT = 1000             # characters of the options that are texts
 MAX_NAME = 200              # characters of a folder's name
@@ -93,12 +99,11 @@ class Split:
         self.meta = meta
         self.tokens_file = folder / f"{split}_tokens.npy"
         tokens = read_npy(self.tokens_file)
-        self.labels = np.array(read_npy(folder / f"{split}_labels.npy"))
-        grid = tuple(meta["grid"])
-        if tokens.shape[1:] != grid or tokens.dtype not in (np.uint16, np.uint32):
-            sizes = ", ".join(map(str, grid))
+        self.labels = read_labels(folder / f"{split}_labels.npy", len(tokens), meta["n_classes"])
+        if not fits_grid(tokens.shape, tuple(meta["grid"])) or tokens.dtype.kind not in "iu":
+            sizes = ", ".join(map(str, meta["grid"]))
             raise SystemExit(f"{self.tokens_file} holds {tokens.dtype} {tokens.shape}, "
-                             f"not uint16 or uint32 (n, {sizes}) as meta.json says")
+                             f"not whole numbers (n, {sizes}) as meta.json says")
         if self.labels.shape != (len(tokens),) or self.labels.dtype.kind not in "iu":
             raise SystemExit(f"{folder}: {len(tokens)} {split} sequences, but labels of shape "
                              f"{self.labels.shape}, {self.labels.dtype}")
@@ -133,6 +138,7 @@ class Split:
         tokens = np.memmap(self.tokens_file, **self.memmap_options)[index]
         tokens = tokens.reshape(len(index), -1).astype(np.int64)
         labels = self.labels[index].astype(np.int64)
+        self.check_range("token", index, tokens.min(1), self.meta["vocab"])
         self.check_range("token", index, tokens.max(1), self.meta["vocab"])
         self.check_range("label", index, labels, max(1, self.meta["n_classes"]))
         return tokens, labels
@@ -144,6 +150,19 @@ class Split:
             bad = int(np.argmax(is_bad))
             raise SystemExit(f"{self.tokens_file}, row {index[bad]}: "
                              f"{kind} {values[bad]} is not in [0, {limit})")
+
+
+def fits_grid(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+    """Are these sequences of the grid? Those of a line may be flat: (n, 512) for [1, 512]."""
+    is_line = max(grid) == math.prod(grid)
+    return shape[1:] == grid or (is_line and shape[1:] == (max(grid),))
+
+
+def read_labels(path: Path, n: int, n_classes: int) -> np.ndarray:
+    """The labels of n sequences; zeros where there are no classes and no file.  ->  (n,)"""
+    if n_classes == 0 and not os.path.lexists(path):
+        return np.broadcast_to(np.int64(0), n)
+    return np.array(read_npy(path))
 
 
 def read_npy(path: Path) -> np.memmap:
@@ -174,6 +193,8 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from None
+    if isinstance(meta, dict):
+        meta = META_DEFAULTS | meta
     message = meta_error(meta)
     if message:
         raise SystemExit(f"{path}: {message}")
@@ -185,7 +206,7 @@ def meta_error(meta: object) -> str:
     for key, kind in META_TYPES.items():
         if not isinstance(meta, dict) or not has_type(meta.get(key), kind):
             return f"{key} is missing or of the wrong type"
-    return size_error(meta) or display_error(meta) or score_error(meta) or decoder_error(meta)
+    return size_error(meta) or display_error(meta) or score_error(meta) or kept_error(meta)
 
 
 def has_type(value: object, kind: type | tuple[type, ...]) -> bool:
@@ -218,8 +239,9 @@ def display_error(meta: dict) -> str:
     palette = meta["palette"]
     if isinstance(palette, list) and not is_palette(palette, meta["vocab"]):
         return f"palette must name a colour (r, g, b), 0 to 255, for each of {meta['vocab']} tokens"
-    if palette == "text" and meta["vocab"] > 256:
-        return f"palette text is for bytes, not for a vocabulary of {meta['vocab']}"
+    if palette == "text" and meta["vocab"] > 256 and "tokenizer" not in meta:
+        return (f"palette text is for bytes; a vocabulary of {meta['vocab']} needs a tokenizer "
+                "beside it")
     if not all(isinstance(name, str) for name in meta["class_names"]):
         return "class_names must be words"
     for key in ("name", "palette"):
@@ -239,18 +261,23 @@ def score_error(meta: dict) -> str:
     return ""
 
 
-def decoder_error(meta: dict) -> str:
-    """What is wrong with the entry of the decoder, which is optional."""
-    if "decoder" not in meta:
-        return ""
-    entry = meta["decoder"]
+def kept_error(meta: dict) -> str:
+    """What is wrong with the entries of decoder and tokenizer, which are optional."""
+    for key in KEPT:
+        if key in meta and (message := file_error(meta[key])):
+            return f"{key} {message}"
+    return ""
+
+
+def file_error(entry: object) -> str:
+    """What is wrong with the name and the digest of a file."""
     if not isinstance(entry, dict) or entry.keys() != {"file", "sha256"}:
-        return f"decoder {shown(entry)} is not a file and its sha256"
+        return f"{shown(entry)} is not a file and its sha256"
     name = entry["file"]
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
-        return f"decoder {shown(name)} is not a plain file name"
+        return f"{shown(name)} is not a plain file name"
     if not isinstance(entry["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-        return f"decoder has the sha256 {shown(entry['sha256'])}, not 64 hex digits"
+        return f"has the sha256 {shown(entry['sha256'])}, not 64 hex digits"
     return ""
 
 
@@ -289,20 +316,28 @@ def leaves_folder(path: str) -> bool:
 
 
 def load(name: str, image_size: int = 0, grey_levels: int = 0) -> tuple[dict, dict[str, Split]]:
-    """Open data/<name>; sources that need no files are made on first use.
+    """Open data/<name>, or a folder by its path; sources that need no files are made on first use.
 
     ->  meta, {"train": Split, "val": Split}
     """
-    if leaves_folder(name):
-        raise SystemExit(f"data {name} leaves the folder {ROOT}/")
+    folder = folder_of(name)
     if name in source_names():
         folder = make_if_missing(name, image_size, grey_levels)
-    else:
-        folder = ROOT / name
-        if not has_data(folder):
-            raise SystemExit(f"no data in {folder} and no source of that name; {suggestion(name)}")
+    elif "/" in name and not has_data(folder):
+        raise SystemExit(f"no data in {folder}: there is no meta.json")
+    elif not has_data(folder):
+        raise SystemExit(f"no data in {folder} and no source of that name; {suggestion(name)}")
     meta = read_meta(folder)
     return meta, {split: Split(folder, split, meta) for split in SPLITS}
+
+
+def folder_of(name: str) -> Path:
+    """A path where there is a slash, else a folder under data/."""
+    if "/" in name:
+        return Path(name)
+    if leaves_folder(name):
+        raise SystemExit(f"data {name} leaves the folder {ROOT}/")
+    return ROOT / name
 
 
 def has_data(folder: Path) -> bool:
@@ -333,7 +368,7 @@ def suggestion(name: str) -> str:
     return f"sources: {', '.join(source_names())}"
 
 
-# Decoder
+# Files that travel with the tokens
 
 
 def decoder_beside(options: Make) -> Path | None:
@@ -352,28 +387,29 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checked_decoder(folder: Path, meta: dict) -> Path | None:
-    """The decoder kept in a folder of data or of a run, refused if it has changed."""
-    if "decoder" not in meta:
+def kept_file(folder: Path, meta: dict, key: str) -> Path | None:
+    """The decoder or tokenizer kept in a folder of data or of a run, refused if it has changed."""
+    if key not in meta:
         return None
-    path = folder / meta["decoder"]["file"]
+    path = folder / meta[key]["file"]
     require_file(path)
-    if file_sha256(path) != meta["decoder"]["sha256"]:
+    if file_sha256(path) != meta[key]["sha256"]:
         raise SystemExit(f"{path} has changed: its sha256 is not that of meta.json")
     return path
 
 
-def copy_decoder(source: Path, folder: Path, meta: dict) -> None:
-    """Copy the decoder from one folder to another, unless it is there."""
-    path = checked_decoder(source, meta)
-    if path is None:
-        return
-    target = folder / path.name
-    if target.is_file() and file_sha256(target) == meta["decoder"]["sha256"]:
-        return
-    scratch = folder / f".{path.name}.tmp"
-    shutil.copyfile(path, scratch)
-    scratch.replace(target)
+def copy_kept_files(source: Path, folder: Path, meta: dict) -> None:
+    """Copy decoder and tokenizer from one folder to another, unless they are there."""
+    for key in KEPT:
+        path = kept_file(source, meta, key)
+        if path is None:
+            continue
+        target = folder / path.name
+        if target.is_file() and file_sha256(target) == meta[key]["sha256"]:
+            continue
+        scratch = folder / f".{path.name}.tmp"
+        shutil.copyfile(path, scratch)
+        scratch.replace(target)
 
 
 # Known tokens
@@ -486,12 +522,14 @@ def list_sources() -> str:
 
 
 class SplitWriter:
-    """Write <split>_tokens.npy chunk by chunk, and <split>_labels.npy at the end."""
+    """Write <split>_tokens.npy chunk by chunk, and <split>_labels.npy at the end if there are
+    classes."""
 
     def __init__(self, folder: Path, split: str, meta: dict) -> None:
         self.file = open(folder / f"{split}_tokens.npy", "wb")
         self.labels_file = folder / f"{split}_labels.npy"
         self.n = 0
+        self.has_classes = meta["n_classes"] > 0
         self.labels = []
         self.dtype = np.dtype(np.uint16 if meta["vocab"] <= 2**16 else np.uint32)
         self.grid = tuple(meta["grid"])
@@ -510,7 +548,8 @@ class SplitWriter:
         """Append a chunk.  tokens (m, *grid), labels (m,)"""
         assert tokens.shape == (len(labels), *self.grid)
         self.file.write(tokens.astype(self.dtype).tobytes())
-        self.labels.append(np.asarray(labels, np.int64))
+        if self.has_classes:
+            self.labels.append(np.asarray(labels, np.int64))
         self.n += len(labels)
 
     def close(self) -> None:
@@ -521,6 +560,8 @@ class SplitWriter:
         token_bytes = self.n * self.dtype.itemsize * math.prod(self.grid)
         assert self.file.seek(0, 2) == header_bytes + token_bytes
         self.file.close()
+        if not self.has_classes:
+            return
         labels = io.BytesIO()       # np.save to a full disk does not say that it is full
         np.save(labels, np.concatenate(self.labels))
         self.labels_file.write_bytes(labels.getvalue())
@@ -542,9 +583,15 @@ def make_folder(source: ModuleType, folder: Path, options: Make) -> None:
     """Raises OSError where a file cannot be read or written."""
     decoder = decoder_beside(options)
     options = replace(options, decoder=str(decoder or ""))
-    meta, chunks = source.make(options)     # chunks: (split, tokens (m, *grid), labels (m,))
+    # chunks: (split, tokens (m, *grid), labels (m,)); kept: {file name: bytes}, if any
+    meta, chunks, *kept = source.make(options)
+    kept = kept[0] if kept else {}
     if decoder:
-        meta["decoder"] = {"file": "decoder.jit", "sha256": file_sha256(decoder)}
+        kept["decoder.jit"] = decoder.read_bytes()
+    for name, content in kept.items():
+        sha256 = hashlib.sha256(content).hexdigest()
+        meta[Path(name).stem] = {"file": name, "sha256": sha256}
+    meta = META_DEFAULTS | meta
     message = meta_error(meta)
     if message:
         raise SystemExit(f"{folder} cannot be made: {message}")
@@ -552,8 +599,8 @@ def make_folder(source: ModuleType, folder: Path, options: Make) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}_") as scratch:
         new_folder = Path(scratch) / folder.name
         n_rows = write_folder(new_folder, meta, chunks)
-        if decoder:
-            shutil.copyfile(decoder, new_folder / "decoder.jit")
+        for name, content in kept.items():
+            (new_folder / name).write_bytes(content)
         try:
             new_folder.rename(folder)
         except OSError:

@@ -58,6 +58,7 @@ import methods
 from diffusion import forcing, samplers
 from support import diagnostics, logs, metrics, pictures, runtime
 from support.checkpoint import load_run
+from support.text import is_text, load_text
 from support.validate import find_decoder
 
 N_BITS = 2048               # sequences behind bits per token, at least
@@ -107,7 +108,10 @@ class Judged:
         self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]
         self.decoder = find_decoder(decoder, self.run.folder, self.spec.meta, device)
         to_pixels = self.decoded_pixels if self.decoder else None
-        self.metrics = metrics.metrics_for(self.spec.meta, self.splits, to_pixels)
+        to_bytes = None
+        if is_text(self.spec.meta):
+            to_bytes = load_text(self.run.folder, self.spec.meta).to_bytes
+        self.metrics = metrics.metrics_for(self.spec.meta, self.splits, to_pixels, to_bytes)
 
     def decoded(self, tokens: np.ndarray) -> np.ndarray:
         """Pictures of the run's decoder, a few at a time.  (n, N) -> (n, H, W, 3) uint8"""

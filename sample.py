@@ -14,12 +14,15 @@ import config
 class SampleOptions:
     """What is sampled, and what is written."""
     run: str                                # folder of a run
-    labels: tuple[int, ...] = ()            # one sample for each; (): every class once, or 8
+    n: config.NotNegative = 0               # samples, classes in turn; 0: every class once, or 8
+    labels: tuple[str, ...] = ()            # numbers or names of classes, in turn where n is given
     sampler: str = ""                       # one that fits the run's method; "": its first
     n_steps: int | None = None              # steps; 64, or 4 for each frame of a video
     correct: config.NotNegative = 0         # gidd: steps of self-correction afterwards
     seed: config.Seed = 0                   # of the noise and every draw
     known: str = ""                         # inpainting: .npz of tokens (n, *grid) and bool mask
+    prompt: config.Prose = ""               # text: its beginning; [...] in it is filled in
+    gap: config.NotNegative = 0             # tokens at [...]; 0: the rest of the prompt ends it
     n_video: config.NotNegative = 10        # samples in the video; 0: no video
     scale: config.NotNegative = 0           # pixels per token in pictures; 0: chosen by their size
     # TorchScript file (code that is run), tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
@@ -54,6 +57,7 @@ import data
 import methods
 from support import pictures, runtime, videos
 from support.checkpoint import Run, load_run
+from support.text import is_text, load_text, place_prompt
 from support.validate import find_decoder
 
 N_STEPS = 64
@@ -72,8 +76,26 @@ class Start(NamedTuple):
     real: np.ndarray | None = None  # (n, *grid) held-out sequences that the samples go on from
 
 
+def in_turn(labels: list[int], n: int) -> list[int]:
+    """n labels, those given again and again; n = 0: each once."""
+    return [labels[i % len(labels)] for i in range(n or len(labels))]
+
+
+def label_of(word: str, meta: dict[str, Any]) -> int:
+    """A class by its number or its name."""
+    try:
+        return int(word)
+    except ValueError:
+        pass
+    names = meta["class_names"]
+    if word not in names:
+        near = config.nearest(word, names) or "it has none"
+        raise SystemExit(f"--labels {word} names no class of {meta['name']}; {near}")
+    return names.index(word)
+
+
 def load_known_tokens(
-    path: str, meta: dict[str, Any], labels: list[int],
+    path: str, meta: dict[str, Any], labels: list[int], n_samples: int = 0,
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Tokens to keep: one sequence for each sample, or one for all.  -> tokens, mask (n, N),
     labels"""
@@ -100,7 +122,7 @@ def load_known_tokens(
             f"{path}: {n} sequences of grid {grid} do not fit {len(own_labels)} labels and a mask "
             f"{mask.shape}"
         )
-    labels = labels or own_labels.tolist() or [meta["n_classes"]] * n
+    labels = in_turn(labels or own_labels.tolist() or [meta["n_classes"]] * n, n_samples)
     try:
         tokens, mask = (
             np.broadcast_to(y, (len(labels), *grid)) for y in (tokens.astype(np.int64), mask)
@@ -150,22 +172,43 @@ def start_from_data(flags: Flags, spec: methods.Spec, labels: list[int]) -> Star
     )
 
 
-def starting_point(flags: Flags, spec: methods.Spec) -> Start:
+def tokens_of_prompt(flags: Flags, run: Run, n: int) -> tuple[Tensor, Tensor]:
+    """The prompt in n sequences.  -> tokens, mask (n, N)"""
+    n_tokens = run.spec.shape.n_tokens
+    tokens = torch.zeros(n, n_tokens, dtype=torch.long)
+    mask = torch.zeros(n, n_tokens, dtype=torch.bool)
+    with runtime.one_line_errors(ValueError):
+        text = load_text(run.folder, run.spec.meta)
+        placed = place_prompt(flags.prompt, flags.gap, n_tokens, text)
+    for start, ids in placed.items():
+        end = start + len(ids)
+        tokens[:, start:end] = torch.tensor(ids, dtype=torch.long)
+        mask[:, start:end] = True
+    return tokens, mask
+
+
+def starting_point(flags: Flags, run: Run) -> Start:
     """Labels, and what is known by the flags and the data."""
+    spec = run.spec
     n_classes = spec.n_classes
-    labels = list(flags.labels)
+    labels = [label_of(word, spec.meta) for word in flags.labels]
     known_tokens = known = None
     if flags.known:
-        known_tokens, known, labels = load_known_tokens(flags.known, spec.meta, labels)
+        known_tokens, known, labels = load_known_tokens(flags.known, spec.meta, labels, flags.n)
     for label in labels:
         if not 0 <= label <= n_classes:
             raise SystemExit(
                 f"--labels {label}: {flags.run} knows 0 to {n_classes - 1}, "
                 f"and {n_classes} for no label"
             )
-    if not labels:
+    if labels:
+        labels = in_turn(labels, flags.n)
+    else:
         n = n_classes if 0 < n_classes <= 10 else N_SAMPLES
-        labels = [min(i, n_classes) for i in range(n)]
+        labels = in_turn(list(range(max(1, n_classes))), flags.n or n)
+    if flags.prompt:
+        known_tokens, known = tokens_of_prompt(flags, run, len(labels))
+        return Start(labels, list(spec.grid), known_tokens, known)
     if not flags.known and (spec.is_video or spec.meta["given"]):
         return start_from_data(flags, spec, labels)
     return Start(labels, list(spec.grid), known_tokens, known)
@@ -339,9 +382,10 @@ def write_files(
     if source:
         scores = source.score(drawn.tokens, start.real)
         print(", ".join(f"{name} {value.mean():.1%}" for name, value in scores.items()))
-    if spec.meta["palette"] == "text":
-        for text in drawn.tokens.reshape(len(drawn.tokens), -1):
-            print("---\n" + bytes(text.astype(np.uint8)).decode(errors="replace"))
+    if is_text(spec.meta):
+        text = load_text(run.folder, spec.meta)
+        for sequence in drawn.tokens.reshape(len(drawn.tokens), -1):
+            print("---\n" + text.to_str(sequence))
     print(f"wrote {', '.join(['samples.png', 'samples.npz', *videos])} in {folder}")
 
 
@@ -357,6 +401,12 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
         raise SystemExit("--frames is a number of a video's frames, for forcing runs")
     if flags.n_given < 0 or (flags.context_frames is not None and not spec.is_video):
         raise SystemExit("--context-frames is a number of a video's first frames")
+    if flags.prompt and not is_text(spec.meta):
+        raise SystemExit(f"--prompt is for text, and {flags.run} makes {spec.meta['name']}")
+    if flags.prompt and flags.known:
+        raise SystemExit("--prompt and --known exclude each other")
+    if flags.gap and not flags.prompt:
+        raise SystemExit("--gap is the length of the gap [...] in --prompt")
     if flags.n_steps is None:
         return replace(flags, n_steps=N_STEPS_PER_FRAME if is_video_rollout else N_STEPS)
     return flags
@@ -377,7 +427,7 @@ def main(flags: Flags) -> None:
     runtime.freeze(run.nets, device, run.spec.config["dtype"])
     flags = check_flags(flags, run.spec)
     decoder = find_decoder(flags.decoder, run.folder, run.spec.meta, device)
-    start = starting_point(flags, run.spec)
+    start = starting_point(flags, run)
     stages = plan_stages(flags, run.spec)
     check_scale(flags, run.spec, start, decoder)
     began = time.perf_counter()

@@ -1,15 +1,16 @@
 """GIDD's published recipe, small: OpenWebText, 512 GPT-2 tokens (arXiv:2503.04482).
 
-python data.py tokens --file F.safetensors --name owt --vocab 50257
+python data.py text --file owt.txt --tokenizer gpt2.json --length 512 --name owt
 torchrun --nproc_per_node=8 train_ddpd.py configs/owt_gidd_small.py --p-uniform 0.1
-F holds `indices` (n, 1, 512) and `labels` (n,) of zeros. 512 sequences per iteration on 8 GPUs.
-Not run on a GPU yet.
+
+owt.txt is the corpus in UTF-8, gpt2.json the tokenizer.json that is published with GPT-2. Tokens
+that are there already: python data.py tokens --file F.safetensors --tokenizer gpt2.json --name owt
+with `indices` (n, 512) in F. 512 sequences per iteration on 8 GPUs. Not run on a GPU yet.
 """
 data = "owt"
 vocab = 50257
 grid = (1, 512)
-n_classes = 1             # one label for all, never dropped
-label_dropout = 0.0
+n_classes = 0
 method = "gidd"
 weight = "dynamic"
 clean_token_rate = 0.1         # at this vocabulary the head costs more than the blocks

@@ -1,8 +1,9 @@
-"""Finished tokens: a safetensors file with `indices` (n, *grid) and `labels` (n,).
+"""Finished tokens: a safetensors file with `indices` (n, *grid) and `labels` (n,), if any.
 
 python data.py tokens --file F.safetensors --name imagenet [--vocab V] [--tokenizer cosmos_di8x8]
 
-If a *_metadata.json lies beside the file, its total_samples must agree.
+Tokens of text are (n, length), and --tokenizer names the JSON file of their tokenizer. If a
+*_metadata.json lies beside the file, its total_samples must agree.
 """
 
 import json
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from sources import _tokenizer
 
 MAKES_ITSELF = False
 CODEBOOK_SIZES = {      # ids that a tokenizer can produce
@@ -30,37 +33,42 @@ class Contents(NamedTuple):
     n: int                      # sequences
     grid: tuple[int, ...]
     max_id: int
-    n_classes: int
+    n_classes: int              # 0: the file has no labels
 
 
 def folder_name(options) -> str:
     return Path(options.file).stem or "tokens"
 
 
-def make(options) -> tuple[dict, Iterable]:
+def make(options) -> tuple[dict, Iterable, dict]:
     """Check the file in a first pass, split it in a second; it is never in memory as a whole.
 
-    ->  meta, chunks (split, tokens (m, *grid), labels (m,))
+    ->  meta, chunks (split, tokens (m, *grid), labels (m,)), {"tokenizer.json": its bytes}
     """
-    if options.tokenizer and options.tokenizer not in CODEBOOK_SIZES:
+    of_text = None
+    if options.tokenizer.endswith(".json"):
+        of_text = _tokenizer.load(options.tokenizer)
+    elif options.tokenizer and options.tokenizer not in CODEBOOK_SIZES:
         known = ", ".join(CODEBOOK_SIZES)
-        raise SystemExit(f"tokenizer {options.tokenizer} is not one of {known}")
+        raise SystemExit(f"tokenizer {options.tokenizer} is not one of {known}, and no .json file")
     path = Path(options.file)
     if not os.path.isfile(options.file):
         raise SystemExit(f"no file {options.file!r}: name the tokens with --file F.safetensors")
-    contents = scan(path, options.vocab or MAX_IDS)
+    vocab = options.vocab or (_tokenizer.vocabulary(of_text) if of_text else 0)
+    contents = scan(path, vocab or MAX_IDS)
     check_count(path, contents.n)
     warn_about_ids(path, contents.max_id, options)
     meta = {
         "name": options.name or path.stem,
-        "vocab": options.vocab or max(2, contents.max_id + 1),
+        "vocab": vocab or max(2, contents.max_id + 1),
         "grid": list(contents.grid),
         "n_classes": contents.n_classes,
         "class_names": [str(label) for label in range(contents.n_classes)],
-        "palette": "any",
+        "palette": "text" if of_text else "any",
         "given": [],
     }
-    return meta, split_chunks(path, held_out(contents.n))
+    kept = {"tokenizer.json": _tokenizer.as_json(of_text)} if of_text else {}
+    return meta, split_chunks(path, held_out(contents.n)), kept
 
 
 def scan(path: Path, vocab: int) -> Contents:
@@ -80,7 +88,7 @@ def scan(path: Path, vocab: int) -> Contents:
         grid = tokens.shape[1:]
     if grid is None:
         raise SystemExit(f"{path} holds no sequences")
-    return Contents(n, grid, max_id, n_classes)
+    return Contents(n, grid, max_id, n_classes if has_labels(path) else 0)
 
 
 def check_range(path: Path, start: int, kind: str, values: np.ndarray, limit: int) -> None:
@@ -155,16 +163,31 @@ def read_chunk(path: Path, start: int) -> tuple[int, np.ndarray, np.ndarray]:
     try:
         with safe_open(path, "numpy") as file:
             indices = file.get_slice("indices")
-            labels = file.get_slice("labels")
+            labels = file.get_slice("labels") if "labels" in file.keys() else None
             n, *grid = indices.get_shape()
-            if len(grid) < 1 or labels.get_shape() != [n]:
+            if len(grid) < 1:
+                raise ValueError(f"indices {indices.get_shape()} are no sequences")
+            if labels is not None and labels.get_shape() != [n]:
                 raise ValueError(f"indices {indices.get_shape()} do not go with "
                                  f"labels {labels.get_shape()}")
             n_rows = max(1, CHUNK // max(1, int(np.prod(grid))))
             stop = min(n, start + n_rows)
-            return n, indices[start:stop], labels[start:stop]
+            tokens = indices[start:stop]
+            if len(grid) == 1:
+                tokens = tokens[:, None]        # a line is a grid of one row
+            if labels is None:
+                return n, tokens, np.zeros(len(tokens), np.int64)
+            return n, tokens, labels[start:stop]
     except Exception as error:      # SafetensorError, and what corrupt headers raise
         raise SystemExit(f"{path} cannot be read: {error!r}") from None
+
+
+def has_labels(path: Path) -> bool:
+    """Of a file that can be read."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        return "labels" in file.keys()
 
 
 def total_samples(path: Path) -> int | None:

@@ -20,7 +20,8 @@ import numpy as np
 from support import features
 
 N_REAL = 10_000         # most real sequences that metrics are fitted to
-N_VAL_TEXT = 500        # most held-out sequences that are scored as text
+N_TRAIN_TEXT = 1_280_000    # most training tokens whose text is counted
+N_VAL_TEXT = 64_000     # most held-out tokens that are scored as text
 N_RANDOM = 64           # directions onto which counts of tokens are projected
 MAX_EMBEDDED = 2**16    # token ids with an embedding of their own there
 N_NEAREST = 50_000      # most training pictures among which copies are looked for
@@ -258,25 +259,30 @@ class PictureMetrics:
 
 
 class TextMetrics:
-    """For bytes: likelihood under an n-gram model of the training split, and known words."""
+    """For text: likelihood under a byte n-gram model of the training split, and known words.
 
-    def __init__(self, splits: dict):
-        tokens, _ = subset(splits["train"], N_REAL)
-        text = tokens.astype(np.uint8).tobytes()
+    to_bytes decodes a sequence (N,); without it the tokens are bytes.
+    """
+
+    def __init__(self, splits: dict, to_bytes: Callable[[np.ndarray], bytes] | None = None):
+        self.to_bytes = to_bytes or as_bytes
+        tokens, _ = subset(splits["train"], N_REAL, N_TRAIN_TEXT)
+        text = b"".join(map(self.to_bytes, tokens))
         self.counts = [count_ngrams(text, n) for n in range(1, ORDER + 1)]
         self.n_bytes = len(text)
         self.words = set(WORD.findall(text))
         self.train_hashes = sequence_hashes(splits["train"])
-        val_tokens, val_labels = subset(splits["val"], N_VAL_TEXT)
+        val_tokens, val_labels = subset(splits["val"], N_REAL, N_VAL_TEXT)
         self.val = self.scores(val_tokens, val_labels)
         self.n_val = len(val_tokens)
 
-    def bits_per_byte(self, line: bytes) -> float:
-        """Mean -log2 p of the bytes of one sequence, under the n-gram model."""
+    def bits_per_byte(self, lines: list[bytes]) -> float:
+        """Mean -log2 p of the bytes of all sequences, under the n-gram model."""
         sum_bits = 0.0
-        for i in range(len(line)):
-            sum_bits -= np.log2(self.probability(line, i))
-        return sum_bits / len(line)
+        for line in lines:
+            for i in range(len(line)):
+                sum_bits -= math.log2(self.probability(line, i))
+        return sum_bits / max(1, sum(map(len, lines)))
 
     def probability(self, line: bytes, i: int) -> float:
         """p(byte i | up to ORDER - 1 bytes before it), each order smoothed by the one below."""
@@ -295,12 +301,12 @@ class TextMetrics:
         real: np.ndarray | None = None,
         context_frames: int = 0,
     ) -> Scores:
-        """tokens (n, N) bytes  ->  {column: value}, {}"""
-        lines = [row.astype(np.uint8).tobytes() for row in tokens]
+        """tokens (n, N)  ->  {column: value}, {}"""
+        lines = list(map(self.to_bytes, tokens))
         words = [word for line in lines for word in WHOLE_WORD.findall(line)]
         is_known = [word in self.words for word in words]
         columns = dict(
-            ngram_bits=np.mean([self.bits_per_byte(line) for line in lines]),
+            ngram_bits=self.bits_per_byte(lines),
             words=np.mean(is_known) if words else 0.0,
             entropy=token_entropy(tokens),
             distinct=len(set(lines)) / len(lines),
@@ -310,17 +316,19 @@ class TextMetrics:
 
 
 def metrics_for(
-    meta: dict, splits: dict, to_pixels: Callable[[np.ndarray], np.ndarray] | None = None
+    meta: dict, splits: dict, to_pixels: Callable[[np.ndarray], np.ndarray] | None = None,
+    to_bytes: Callable[[np.ndarray], bytes] | None = None,
 ) -> TokenMetrics | ExactMetrics | PictureMetrics | TextMetrics:
     """The metrics that suit the data: its own exact score, text, pictures, or any tokens.
 
-    to_pixels (n, N) -> (n, H, W, 3) in [0, 1] makes pictures of tokens without a palette.
+    to_pixels (n, N) -> (n, H, W, 3) in [0, 1] makes pictures of tokens without a palette,
+    to_bytes (N,) -> bytes makes text of the tokens of a tokenizer.
     """
     palette = meta["palette"]
     if meta.get("score"):
         return ExactMetrics(meta)
     if palette == "text":
-        return TextMetrics(splits)
+        return TextMetrics(splits, to_bytes)
     is_flat = len(meta["grid"]) == 2
     if to_pixels or (is_flat and (palette == "grey" or isinstance(palette, list))):
         return PictureMetrics(meta, splits, to_pixels)
@@ -373,9 +381,20 @@ def rounded(columns: dict) -> dict:
     return {name: round(float(value), 4) for name, value in columns.items()}
 
 
-def subset(split: Any, n_max: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most n_max sequences of a data.Split.  -> tokens (n, N), labels (n,)"""
-    return split.spread_subset(min(n_max, len(split)))
+def as_bytes(tokens: np.ndarray) -> bytes:
+    """Tokens that are bytes.  (N,) -> N bytes"""
+    return tokens.astype(np.uint8).tobytes()
+
+
+def subset(
+    split: Any, n_max: int, n_max_tokens: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """At most so many sequences, or tokens, of a data.Split.  -> tokens (n, N), labels (n,)"""
+    n = min(n_max, len(split))
+    if n_max_tokens:
+        length = split.rows(np.arange(1))[0].size
+        n = min(n, max(1, n_max_tokens // length))
+    return split.spread_subset(n)
 
 
 def sequence_hashes(split: Any) -> set[int]:

@@ -26,8 +26,12 @@ TILE = 128              # approximate side of the picture of one sequence
 MIN_CELL = 6            # of a token, where there is room: a frame around it leaves it visible
 GLYPH_W = 10            # of a character; it is twice as high
 MIN_CAPTION_W = 64      # a picture has at least this room for its caption
+WORD_W = 64             # of a token of a text's tokenizer
+WORD_H = 20
+WORD_SIZE = 13          # of its letters
 
 LINE_LENGTH = 32        # characters per line of text
+WORDS_PER_LINE = 8      # tokens of a text's tokenizer per line
 STRIP = 16              # video frames side by side
 COLUMNS = 10            # pictures side by side
 BLANK = -1              # a cell that holds no token, at the end of a last line that is not full
@@ -123,6 +127,14 @@ def split_rows(y: np.ndarray, length: int) -> np.ndarray:
     padding[1] = (0, rows * columns - total)
     y = np.pad(y, padding, constant_values=blank)
     return y.reshape(n, rows, columns, *y.shape[2:])
+
+
+def in_lines(y: np.ndarray | None, meta: dict) -> np.ndarray | None:
+    """Tokens of a text's tokenizer are words: fewer stand in a line than as_rows_and_columns()
+    puts there.  (n, *grid) -> (n, lines, words), other data as they are"""
+    if y is None or meta["palette"] != "text" or "tokenizer" not in meta:
+        return y
+    return split_rows(y.reshape(len(y), -1), WORDS_PER_LINE)
 
 
 def stretch(picture: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -263,8 +275,35 @@ def text_pictures(cells: np.ndarray, mask: int, scale: int) -> np.ndarray:
     n, h, w = cells.shape
     texts = [characters(row, mask) for row in cells.reshape(n, -1)]
     drawn = np.stack([[glyph(character, scale) for character in text] for text in texts])
-    drawn = drawn.reshape(n, h, w, 2 * scale, scale, 3)
-    return drawn.swapaxes(2, 3).reshape(n, h * 2 * scale, w * scale, 3)
+    return joined(drawn.reshape(n, h, w, 2 * scale, scale, 3))
+
+
+def joined(cells: np.ndarray) -> np.ndarray:
+    """Put the pictures of cells together.  (n, h, w, H, W, 3) -> (n, h * H, w * W, 3)"""
+    n, h, w, cell_h, cell_w, _ = cells.shape
+    return cells.swapaxes(2, 3).reshape(n, h * cell_h, w * cell_w, 3)
+
+
+def word_decoder(word: Callable[[int], str]) -> Decoder:
+    """Draws each token's text in a cell of its own, for tokens (n, lines, words)."""
+
+    def decode(tokens):
+        ids, index = np.unique(tokens.numpy(), return_inverse=True)
+        drawn = [word_picture("" if token == BLANK else word(int(token))) for token in ids]
+        pixels = joined(np.stack(drawn)[index.reshape(tokens.shape)])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+    return decode
+
+
+def word_picture(word: str) -> np.ndarray:
+    """The beginning of a word, as much as fits.  -> (WORD_H, WORD_W, 3) uint8"""
+    canvas = Canvas(WORD_W, WORD_H, PAPER)
+    shown = word.replace("\n", "\\n").replace("\t", "\\t")
+    colour = FAINT if word.isspace() else INK
+    face = font(WORD_SIZE, is_mono=True)
+    canvas.draw.text((2, WORD_H // 2), shown, font=face, anchor="lm", fill=colour)
+    return canvas.array()
 
 
 # Images of a decoder
@@ -405,8 +444,8 @@ def samples_png(
 
     tokens (n, *grid), labels (n,), wrong (n, *grid) bool
     """
-    tiles = pictures(tokens, meta, decoder, scale)
-    frame_cells(tiles, wrong, WRONG)
+    tiles = pictures(in_lines(tokens, meta), meta, decoder, scale)
+    frame_cells(tiles, in_lines(wrong, meta), WRONG)
     captions = [label_name(label, meta) for label in labels]
     captioned = list(zip(captions, tiles, strict=True))
     columns = columns_of(tiles)

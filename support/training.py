@@ -77,7 +77,7 @@ def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> di
     if world.is_main and not (state and state["it"] >= cfg.max_iters):
         with runtime.one_line_errors(OSError):
             checkpoint.write_config(folder, asdict(cfg))
-            data.copy_decoder(data.ROOT / cfg.data, folder, spec.meta)
+            data.copy_kept_files(data.folder_of(cfg.data), folder, spec.meta)
     return state
 
 

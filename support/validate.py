@@ -14,6 +14,7 @@ import methods
 from diffusion import objectives
 from support import logs, pictures, runtime, videos
 from support.chunked_head import hidden_at_sites, map_logits
+from support.text import is_text, load_text
 
 N_BINS = 10                 # of noise level
 BATCH = 64                  # sequences at once
@@ -162,8 +163,11 @@ def validate_and_log(
 def find_decoder(
     path: str, folder: Path, meta: dict, device: torch.device | str
 ) -> pictures.Decoder | None:
-    """The decoder that a flag names, or else the one kept in the run's folder, if any."""
-    chosen = path or data.checked_decoder(folder, meta)
+    """The decoder that a flag names, or else the one kept in the run's folder, if any. That of text
+    with a tokenizer draws the tokens as words."""
+    if is_text(meta) and "tokenizer" in meta and not path:
+        return pictures.word_decoder(load_text(folder, meta).word)
+    chosen = path or data.kept_file(folder, meta, "decoder")
     return pictures.load_decoder(str(chosen), meta, device) if chosen else None
 
 

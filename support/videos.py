@@ -193,17 +193,20 @@ def planner_frames(
 
     labels (n,), known, real and wrong (n, *grid)  ->  yields (H, W, 3) uint8
     """
-    third = "real" if real is not None else "tokens" if decoder is not None else ""
+    has_tokens = decoder is not None and meta["palette"] != "text"
+    third = "real" if real is not None else "tokens" if has_tokens else ""
     n_tiles = 3 if third else 2
     colour = pictures.background(meta)
     frames = {"just written": WRITTEN} | marks_of(known, wrong)
     legend = [*mark_items(moments, meta, frames, colour), scale_item()]
+    known, real, wrong = (pictures.in_lines(y, meta) for y in (known, real, wrong))
     third_tiles = [None] * len(labels)
     if real is not None:
         third_tiles = pictures.pictures(real, meta, decoder, scale, n_tiles)
 
     for step in shown_moments(len(moments)):
-        x, p_noise, written, _ = moments[step]
+        *grids, _ = moments[step]
+        x, p_noise, written = (pictures.in_lines(y, meta) for y in grids)
         tiles = pictures.pictures(x, meta, decoder, scale, n_tiles)
         marked = tiles
         if third == "tokens":       # marks would hide the picture
@@ -229,9 +232,10 @@ def planner_frames(
 def noise_item(p_noise: np.ndarray, known: np.ndarray | None) -> Item:
     """Expected number of noise tokens in a sequence, of those that are not known."""
     n = len(p_noise)
-    total = p_noise[0].size if known is None else (~known).sum() / n
+    is_token = ~np.isnan(p_noise)                           # not a blank
+    total = (is_token if known is None else is_token & ~known).sum() / n
     return Item(
-        f"noise left {p_noise.sum() / n:.1f} of {total:.0f}",
+        f"noise left {np.nansum(p_noise) / n:.1f} of {total:.0f}",
         longest=f"noise left {total:.1f} of {total:.0f}",
     )
 
@@ -256,7 +260,7 @@ def draw_pair(
     top += body_y
     map_x = left + layout.slot_w + TILE_GAP
     map_end = map_x + layout.slot_w
-    noise = f"noise {p_noise.sum():.1f}"
+    noise = f"noise {np.nansum(p_noise):.1f}"               # blanks are nan
     name_w = map_end - left - text_width(f"noise {p_noise.size:.1f}") - GAP
     canvas.title(name, left, top, name_w)
     canvas.text(noise, map_end, top, "ra")

@@ -315,7 +315,7 @@ def test_data_that_could_not_be_read_is_not_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tokens("t.safetensors", np.zeros((20, 1), np.int32))
     options = data.Make("tokens", file="t.safetensors")
-    assert "grid [1]" in refusal(data.make, tokens, data.ROOT / "t", options)
+    assert "grid [1, 1]" in refusal(data.make, tokens, data.ROOT / "t", options)
     assert not Path("data").exists()
 
 

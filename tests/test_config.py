@@ -229,12 +229,21 @@ def test_bad_flags_are_refused_without_a_traceback(argv):
     assert "Traceback" not in done.stderr
 
 
+def test_a_prompt_may_be_long_and_have_lines():
+    """Other texts may not."""
+    prompt = "ROMEO:\n" * 1000
+    assert config.load(sample.Flags, ["out/x", "--prompt", prompt]).prompt == prompt
+    assert "without control characters" in load_refusal("out/x\n", cls=sample.Flags)
+
+
 def bounded_fields():
     """(options class, field, value outside) for all bounds of all options."""
     cases = []
     for cls in (config.Config, sample.Flags, evaluate.Flags):
         for name, kind in typing.get_type_hints(cls, include_extras=True).items():
             for bound in getattr(kind, "__metadata__", ()):
+                if bound == config.PROSE:
+                    continue
                 step = 1 if typing.get_args(kind)[0] is int else 0.001
                 cases.append((cls, name, bound.low - step))
                 if bound.high < math.inf:

@@ -4,19 +4,21 @@ import gzip
 import hashlib
 import json
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, meta_of, save_run, script
+from conftest import ROOT, meta_of, save_run, script, tiny_config
 from safetensors.numpy import save_file
 
 import data
 import sample
 from sources import fashion_mnist, mnist, text, tokens
-from support import checkpoint
+from support import checkpoint, runtime, training
 
 
 @pytest.fixture
@@ -49,6 +51,144 @@ def test_digits_of_another_size_are_the_same_digits(folder):
     resized, _ = splits["train"].rows([5])
     blocks = resized.reshape(8, 4, 8, 4).mean((1, 3)) / 3
     assert abs(blocks - native.reshape(8, 8) / 16).mean() < 0.1
+
+
+# Folders that others wrote
+
+
+def write_folder(folder, tokens, labels=None, **meta):
+    """tokens and labels as both splits, and a meta.json of these fields."""
+    folder.mkdir(parents=True)
+    for split in data.SPLITS:
+        np.save(folder / f"{split}_tokens.npy", tokens)
+        if labels is not None:
+            np.save(folder / f"{split}_labels.npy", labels)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+LEAST = dict(name="mine", vocab=9, grid=[4, 4], palette="grey")     # that a meta.json must hold
+IDS = np.arange(96).reshape(6, 4, 4) % 9
+
+
+def test_a_folder_is_found_by_its_name_or_its_path(tmp_path, monkeypatch):
+    """A slash makes a path, absolute or relative; without one it is a folder under data/."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "elsewhere" / "mine", IDS, **LEAST)
+    write_folder(tmp_path / "data" / "mine", IDS[:3], **LEAST)
+    for name, n in [("mine", 3), ("elsewhere/mine", 6), (f"{tmp_path}/elsewhere/mine", 6),
+                    ("elsewhere/../data/mine", 3), ("./data/mine/", 3)]:
+        assert len(data.load(name)[1]["train"]) == n
+
+
+def test_a_run_trains_and_is_sampled_from_a_path(tmp_path, monkeypatch):
+    """Its tokenizer or decoder comes from there too."""
+    monkeypatch.chdir(tmp_path)
+    kept = {"file": "decoder.jit", "sha256": hashlib.sha256(b"x").hexdigest()}
+    write_folder(tmp_path / "elsewhere" / "mine", IDS, **LEAST, decoder=kept)
+    Path("elsewhere/mine/decoder.jit").write_bytes(b"x")
+    cfg = tiny_config("run", "--data", "elsewhere/mine")
+    spec, _ = training.open_data(cfg)
+    Path("out/run").mkdir(parents=True)
+    training.open_run(cfg, spec, runtime.World(0, 1, "cpu"))
+    assert Path("out/run/decoder.jit").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.uint32, np.uint64])
+def test_tokens_are_integers_of_any_size(tmp_path, dtype):
+    write_folder(tmp_path / "mine", IDS.astype(dtype), **LEAST)
+    x, _ = data.load(f"{tmp_path}/mine")[1]["val"].rows(np.arange(6))
+    assert x.dtype == np.int64
+    assert np.array_equal(x, IDS.reshape(6, 16))
+
+
+@pytest.mark.parametrize("bad", [-1, 9, 2**40, -2**40])
+def test_integers_that_are_no_ids_are_refused(tmp_path, bad):
+    ids = IDS.copy()
+    ids[4, 2, 2] = bad
+    write_folder(tmp_path / "mine", ids, **LEAST)
+    said = refusal(data.load(f"{tmp_path}/mine")[1]["val"].rows, np.arange(6))
+    assert f"row 4: token {bad} is not in [0, 9)" in said
+
+
+@pytest.mark.parametrize("grid", [[1, 16], [16], [16, 1]])
+def test_flat_tokens_fit_a_line(tmp_path, grid):
+    write_folder(tmp_path / "mine", IDS.reshape(6, 16), **LEAST | dict(grid=grid))
+    x, _ = data.load(f"{tmp_path}/mine")[1]["val"].rows(np.arange(6))
+    assert np.array_equal(x, IDS.reshape(6, 16))
+
+
+@pytest.mark.parametrize("grid", [[4, 4], [1, 15], [2, 8]])
+def test_flat_tokens_fit_nothing_else(tmp_path, grid):
+    write_folder(tmp_path / "mine", IDS.reshape(6, 16), **LEAST | dict(grid=grid))
+    assert "holds int64 (6, 16), not whole numbers (n, " in refusal(data.load, f"{tmp_path}/mine")
+
+
+def test_no_labels_are_no_classes(tmp_path):
+    """`given`, `n_classes` and `class_names` may be left out of meta.json."""
+    write_folder(tmp_path / "mine", IDS, **LEAST)
+    meta, splits = data.load(f"{tmp_path}/mine")
+    assert (meta["n_classes"], meta["class_names"], meta["given"]) == (0, [], [])
+    _, labels = splits["train"].rows(np.arange(6))
+    assert labels.tolist() == [0] * 6
+    classes = dict(n_classes=2, class_names=["a", "b"])
+    write_folder(tmp_path / "pets", IDS, **LEAST, **classes)
+    assert "train_labels.npy cannot be read" in refusal(data.load, f"{tmp_path}/pets")
+    write_folder(tmp_path / "labelled", IDS, np.arange(6) % 2, **LEAST)
+    train = data.load(f"{tmp_path}/labelled")[1]["train"]
+    assert "row 1: label 1 is not in [0, 1)" in refusal(train.rows, np.arange(6))
+
+
+# The examples of docs/recipes.md
+
+
+def recipe(title):
+    """The Python block of a section of the recipes."""
+    section = (ROOT / "docs" / "recipes.md").read_text().split(f"### {title}\n")[1]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+
+
+@pytest.fixture
+def csv_rows(tmp_path, monkeypatch):
+    """mine.csv: a label and 64 tokens a row."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = np.column_stack([np.arange(30) % 10, rng.integers(0, 16, (30, 64))])
+    np.savetxt("mine.csv", rows, fmt="%d", delimiter=",")
+    return rows
+
+
+def check_csv_data(rows):
+    """data/mine holds every row of the file once, with its label."""
+    meta, splits = data.load("mine")
+    assert (meta["vocab"], meta["grid"], meta["n_classes"]) == (16, [8, 8], 10)
+    found = []
+    for split, n in (("train", 27), ("val", 3)):
+        x, y = splits[split].rows(np.arange(n))
+        found += np.column_stack([y, x]).tolist()
+    assert sorted(found) == sorted(rows.tolist())
+
+
+def test_own_tokens_as_in_the_recipes(csv_rows):
+    exec(recipe("Your own tokens"), {})
+    check_csv_data(csv_rows)
+
+
+def test_own_source_as_in_the_recipes(csv_rows, tmp_path):
+    """One file in sources/ is all that the command needs."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "sources", checkout / "sources")
+    shutil.copy(ROOT / "data.py", checkout)
+    (checkout / "sources" / "mine.py").write_text(recipe("A new source"))
+    command = [sys.executable, checkout / "data.py"]
+    listed = subprocess.run([*command, "--list"], capture_output=True, text=True)
+    assert "mine           Sequences of a CSV file" in listed.stdout
+    make = [*command, "mine", "--file", "mine.csv"]
+    done = subprocess.run(make, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_csv_data(csv_rows)
+
+
+# What is spoiled
 
 
 def edit_array(name, change):
@@ -144,8 +284,9 @@ def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
     assert hint in refusal(data.load, "mnist")
     assert "--image-size 16 --grey-levels 4" in refusal(data.load, "mnist", 16, 4)
     assert "no data in data/imagenet" in refusal(data.load, "imagenet")
-    assert "leaves the folder" in refusal(data.load, "../other")
-    assert "leaves" in refusal(data.load, "/tmp/other")
+    assert "no data in ../other: there is no meta.json" in refusal(data.load, "../other")
+    assert "no data in /nowhere/other" in refusal(data.load, "/nowhere/other")
+    assert "leaves the folder" in refusal(data.load, "..")
     done = script("data.py", "mnst")
     assert done.returncode == 1
     assert done.stderr.strip().endswith("did you mean mnist?")
@@ -476,7 +617,7 @@ def read_idx(path):
 
 def read_tokens(path):
     options = data.Make("tokens", file=str(path.parent / "t.safetensors"))
-    meta, chunks = tokens.make(options)
+    meta, chunks, _ = tokens.make(options)
     for _, x, y in chunks:
         check_tokens(x, y, meta["grid"], meta["vocab"])
 

@@ -122,7 +122,7 @@ def test_decoder_travels_and_a_changed_one_is_refused(tmp_path):
     meta, _ = make(CosmosLike(), vocab=64_000)
     run = tmp_path / "run"
     run.mkdir()
-    data.copy_decoder(data.ROOT / "made", run, meta)
+    data.copy_kept_files(data.ROOT / "made", run, meta)
     decoder = validate.find_decoder("", run, meta, "cpu")
     shown = pictures.pictures(np.full((1, 32, 32), 200), meta, decoder)
     assert shown.shape == (1, 256, 256, 3) and (shown == 255).all()

@@ -32,7 +32,7 @@ SUPPORT = {
     f"support.{name}"
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
-        canvas pictures videos diagnostics timing
+        canvas pictures videos diagnostics timing text
     """.split()
 }
 BY_THEMSELVES = {
@@ -130,7 +130,8 @@ def test_methods_imports_networks_and_mathematics():
 
 
 def test_support_imports_no_script():
-    allowed = DIFFUSION | SUPPORT | {"config", "data", "model", "methods"}
+    """Text is made of tokens by the tokenizer that sources/ made the tokens with."""
+    allowed = DIFFUSION | SUPPORT | {"config", "data", "model", "methods", "sources._tokenizer"}
     for name in sorted(SUPPORT):
         assert imports_of(name) <= allowed, name
 
