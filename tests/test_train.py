@@ -180,6 +180,39 @@ def test_learning_rate_schedule():
     assert training.lr_factor(200, until_the_end) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("grad_clip", [0, 1e-3, 1e9])
+def test_gradient_norms_are_logged_before_clipping(grad_clip):
+    """The first one is the norm of the gradient of the untrained networks, whatever it is clipped
+    to."""
+    name = f"norms{grad_clip}"
+    cfg = tiny(name, "--max-iters", 1, "--grad-clip", grad_clip)
+    train_ddpd.main(cfg)
+    logged = training_rows(name)[0]
+    spec, splits = training.open_data(cfg)
+    nets = training.build_training(cfg, spec, None, torch.device("cpu")).nets
+    tasks = training.Batches(cfg, spec, splits["train"], 1).tasks(0, 0)
+    for name, net in nets.items():
+        training.Learner(net)(tasks[name]).backward()
+        squares = [p.grad.double().square().sum() for p in net.parameters() if p.grad is not None]
+        norm = sum(squares).sqrt().item()
+        assert logged[f"{name}_grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_log_line_holds_means_since_the_one_before():
+    """Losses and gradient norms; epochs count the sequences of the training split."""
+    for interval in (1, 4):
+        flags = ["--max-iters", 8, "--log-interval", interval]
+        train_ddpd.main(tiny(f"every{interval}", *flags))
+    each, fourth = training_rows("every1"), training_rows("every4")
+    for name in ("planner_loss", "planner_grad_norm", "denoiser_grad_norm"):
+        for i, row in enumerate(fourth):
+            values = [row[name] for row in each[4 * i:4 * i + 4]]
+            assert row[name] == pytest.approx(np.mean(values), abs=1e-5)
+    n_train = len(training.open_data(tiny("every1"))[1]["train"])
+    assert [row["epochs"] for row in fourth] == [round(it * 4 / n_train, 4) for it in (4, 8)]
+    assert all(row["peak_mib"] > 50 for row in each)
+
+
 def test_validation_is_the_loss_of_the_averaged_networks():
     """Untrained networks have ln 2, AUROC 1/2 and ln V in every bin of level."""
     train_ddpd.main(tiny("validate", "--max-iters", 1, "--planner-lr", 0, "--denoiser-lr", 0))
