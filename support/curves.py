@@ -31,7 +31,6 @@ FLOORS = {
 OTHERS = {"tokens_per_s": ("speed", "tokens per second"), "peak_mib": ("peak memory", "MiB")}
 NOT_DRAWN = ("val_s", "val_sequences")
 LINE_STYLES = ("-", "--", ":", "-.")
-LEVEL_STYLES = ((0, (1, 2)), (0, (5, 3)), (0, (6, 2, 1, 2)), (0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)))
 
 
 # Reading
@@ -119,11 +118,18 @@ class Line(NamedTuple):
     look: str = "points"                    # or "smooth", or "noisy": with its running mean
 
 
+class Level(NamedTuple):
+    """A horizontal line."""
+    label: str
+    y: float
+    run: int | None                         # whose it is, None: that of all runs
+
+
 class Panel(NamedTuple):
     title: str
     y_label: str
     lines: list[Line]
-    levels: dict[str, list[float]] | None = None    # horizontal lines, by label
+    levels: Sequence[Level] = ()
     x_label: str = "iterations"
     is_log: bool = False
 
@@ -171,12 +177,18 @@ def loss_panel(runs: Sequence[Curves], network: str, names: list[str]) -> Panel:
     for end in ends:
         lines += lines_of(runs, {"validation": f"val_{network}_{end}"})
     label = LOSSES[ends[0] if len(ends) == 1 else "loss"]
-    levels = {}
+    levels = []
     for end, words in FLOORS.items():
-        floors = {run.floors.get(f"{network}_{end}") for run in runs} - {None}
-        if floors:
-            levels[words] = sorted(floors)
+        levels += levels_of(words, [run.floors.get(f"{network}_{end}") for run in runs])
     return Panel(f"{network}: loss", label, lines, levels)
+
+
+def levels_of(label: str, values: Sequence[float | None]) -> list[Level]:
+    """One line where all runs agree, else one for each run that has a value."""
+    known = {i: value for i, value in enumerate(values) if value is not None}
+    if len(set(known.values())) == 1:
+        return [Level(label, next(iter(known.values())), None)]
+    return [Level(label, value, i) for i, value in known.items()]
 
 
 def score_panels(runs: Sequence[Curves], network: str, names: list[str]) -> list[Panel]:
@@ -218,8 +230,8 @@ def bits_panel(runs: Sequence[Curves], names: list[str]) -> Panel:
 
 def norm_panel(runs: Sequence[Curves], networks: list[str]) -> Panel:
     lines = lines_of(runs, {name: f"{name}_grad_norm" for name in networks}, "noisy")
-    clips = {run.config.get("grad_clip") for run in runs} - {None, 0}
-    levels = {"clipped above": sorted(clips)} if clips else {}
+    clips = [run.config.get("grad_clip") or None for run in runs]
+    levels = levels_of("clipped above", clips) if lines else []
     is_log = all((line.y > 0).all() for line in lines)
     return Panel("gradient norm before clipping", "gradient norm", lines, levels, is_log=is_log)
 
@@ -256,27 +268,14 @@ def draw(runs: Sequence[Curves], path: str | Path) -> None:
     for axis in axes.flat[len(panels):]:
         axis.remove()
     if len(runs) > 1:
+        handles = [figures.handle(figures.colour_of(i, len(runs))) for i in range(len(runs))]
         figure.legend(
-            [handle(colour_of(i, len(runs))) for i in range(len(runs))], [run.name for run in runs],
+            handles, [run.name for run in runs],
             loc="outside upper left", ncols=min(len(runs), 2 * n_columns), frameon=False,
         )
     else:
         figure.suptitle(runs[0].name)
     figures.save_figure(figure, path)
-
-
-def colour_of(i: int, n: int):
-    """Of one of n: a few are told apart best by the default colours, many need a scale."""
-    from matplotlib import colormaps
-
-    return f"C{i}" if n <= 10 else colormaps["turbo"]((i + 0.5) / n)
-
-
-def handle(colour, style: str = "-", **options):
-    """What stands for a line in a legend."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=colour, linestyle=style, **options)
 
 
 def draw_panel(axis, panel: Panel, n_runs: int) -> None:
@@ -288,20 +287,26 @@ def draw_panel(axis, panel: Panel, n_runs: int) -> None:
     handles = {}
     for line in panel.lines:
         k = kinds.index(line.kind)
-        style = LINE_STYLES[k % len(LINE_STYLES)] if n_runs > 1 else "-"
-        colour = colour_of(line.run, n_runs) if n_runs > 1 else colour_of_kind(panel, k, len(kinds))
+        style = "-"
+        colour = colour_of_kind(panel, k, len(kinds))
+        if n_runs > 1:
+            style = LINE_STYLES[k % len(LINE_STYLES)]
+            colour = figures.colour_of(line.run, n_runs)
         draw_line(axis, line, colour, style)
-        handles.setdefault(line.kind, handle(colour if n_runs == 1 else ink, style))
-    for (label, values), style in zip((panel.levels or {}).items(), LEVEL_STYLES, strict=False):
-        for value in values:
-            axis.axhline(value, color=ink, linestyle=style, linewidth=1, alpha=0.6)
-        handles[label] = handle(ink, style, linewidth=1, alpha=0.6)
+        handles.setdefault(line.kind, figures.handle(colour if n_runs == 1 else ink, style))
+    labels = list(dict.fromkeys(level.label for level in panel.levels))
+    for level in panel.levels:
+        colour = ink if level.run is None else figures.colour_of(level.run, n_runs)
+        look = dict(linestyle=figures.LEVEL_STYLES[labels.index(level.label)], linewidth=1)
+        axis.axhline(level.y, color=colour, alpha=0.6, **look)
+        handles[level.label] = figures.handle(ink, alpha=0.6, **look)
     handles.pop("", None)                   # the only kind
     if panel.is_log:
         axis.set_yscale("log")
     axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
     axis.grid(alpha=0.2)
-    figures.set_plain_ticks(axis)
+    figures.set_plain_ticks(axis.xaxis)
+    figures.set_plain_ticks(axis.yaxis)
     legend_above(axis, panel.title, handles)
 
 

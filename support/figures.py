@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 DPI = 110
+LEVEL_STYLES = ((0, (5, 3)), (0, (1, 2)), (0, (6, 2, 1, 2)), (0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)))
 LARGE = 10_000              # from here on, thousands are set apart
 
 
@@ -36,21 +37,34 @@ def plain_number(value: float, _=None) -> str:
     return np.format_float_positional(value, precision=6, fractional=False, trim="-")
 
 
-def set_plain_ticks(panel) -> None:
-    """Plain numbers on both axes; a logarithmic one has labels within a decade, too."""
+def set_plain_ticks(axis) -> None:
+    """Plain numbers on an x or y axis; a logarithmic one has labels within a decade, too."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    for axis in (panel.xaxis, panel.yaxis):
-        if axis.get_scale() == "log":
-            low, high = axis.get_view_interval()
-            is_wide = math.log10(high / low) > 2
-            axis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
-            axis.set_minor_formatter(NullFormatter())
-        axis.set_major_formatter(plain_number)
+    if axis.get_scale() == "log":
+        low, high = axis.get_view_interval()
+        is_wide = math.log10(high / low) > 2
+        axis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(plain_number)
 
 
 def set_ticks(axis, values: Iterable[float]) -> None:
-    """Label these values of a logarithmic axis and no others."""
+    """Label these values of an axis and no others."""
     values = list(values)
     axis.set_ticks(values, [plain_number(value) for value in values])
     axis.set_ticks([], minor=True)
+
+
+def colour_of(i: int, n: int):
+    """Of one of n: a few are told apart best by the default colours, many need a scale."""
+    from matplotlib import colormaps
+
+    return f"C{i}" if n <= 10 else colormaps["turbo"]((i + 0.5) / n)
+
+
+def handle(colour, linestyle="-", **options):
+    """What stands for a line in a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, linestyle=linestyle, **options)

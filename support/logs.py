@@ -152,11 +152,32 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     return [row for row in rows if None not in row and None not in row.values()]
 
 
+def read_numbers(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a CSV without their empty cells, numbers as numbers."""
+    return [
+        {column: as_number(value) for column, value in row.items() if value}
+        for row in read_rows(path)
+    ]
+
+
+def as_number(value: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
 def append_rows(path: str | Path, *new_rows: dict[str, Any]) -> None:
     """Append to a CSV, which is written anew, whole or not at all; columns may be new."""
+    write_rows(path, [*read_rows(path), *new_rows])
+
+
+def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """A CSV, whole or not at all."""
     path = Path(path)
     with one_line_errors(OSError):
-        rows = [*read_rows(path), *new_rows]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         new = path.with_suffix(".tmp")
         with open(new, "w", newline="") as file:

@@ -34,6 +34,7 @@ SUPPORT = {
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
         render diagnostics timing figures curves report
+        comparison
     """.split()
 }
 BY_THEMSELVES = {
