@@ -203,7 +203,11 @@ def draw_samples(
         render.write_video(
             folder / "planner", render.planner_frames(frames, label.tolist(), spec.meta, decoder)
         )
-        log.media(it, samples=folder / "samples.png", planner=folder / "planner.mp4")
+        caption = f"iteration {it}, {state.nfe.float().mean():.0f} network calls"
+        if spec.n_classes:
+            names = [render.label_name(i, spec.meta) for i in label.tolist()]
+            caption += f": {', '.join(names)}"
+        log.media(it, caption, samples=folder / "samples.png", planner=folder / "planner.mp4")
 
 
 def render_frame(state, grid: list[int], n: int | None = None) -> list:

@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, refusal, script, tiny_config
 import config
 import methods
 import train_ddpd
-from support import checkpoint, diagnostics, runtime, training, validate
+from support import checkpoint, diagnostics, logs, runtime, training, validate
 from support.checkpoint import digest, load_checkpoint
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}      # the order of sums is the same everywhere
@@ -383,8 +383,8 @@ def test_recomputed_activations_are_not_kept_and_change_nothing():
 
 
 def test_wandb_goes_on_under_its_id(monkeypatch):
-    """Losses, floors, bins, pictures and the planner's video, without a network; a resumed run
-    keeps its id."""
+    """Losses, floors, noise levels as a table, pictures and the planner's video, without a
+    network; a resumed run keeps its id."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     flags = ["--wandb-project", "p", "--wandb-mode", "offline", "--max-iters"]
@@ -394,9 +394,26 @@ def test_wandb_goes_on_under_its_id(monkeypatch):
     folders = [folder.name for folder in Path("out/wandb/wandb").glob("offline-run-*")]
     assert len(folders) == 2
     assert all(name.endswith(run_id) for name in folders)
-    media = [file.suffix for file in Path("out/wandb/wandb").rglob("media/*/*")]
+    media = [file.suffix for file in Path("out/wandb/wandb").rglob("media/*/val/*")]
     assert media.count(".png") == 2
     assert media.count(".mp4") == 2
+    files = Path("out/wandb/wandb").rglob("*.table.json")
+    tables = [json.loads(file.read_text()) for file in files]
+    assert len(tables) == 2
+    assert tables[0]["columns"][:3] == ["level", "planner_bce", "planner_auroc"]
+    assert [row[0] for row in tables[0]["data"]] == pytest.approx(np.arange(10) / 10 + 0.05)
+
+
+def test_the_log_in_sections():
+    """Weights & Biases gets numbers as train/ or val/, the bins of noise levels as one table."""
+    values = dict(planner_loss=0.5, start=True, commit="a", val_denoiser_ce=1.5, floors={"x": 1.0})
+    bins = dict(val_denoiser_ce_bins=[1.0, None], val_denoiser_accuracy_bins=[0.5, 0.25])
+    sections = {"train/planner_loss": 0.5, "val/denoiser_ce": 1.5}
+    assert logs.sections_of(values | bins) == sections
+    columns, rows = logs.level_table(values | bins)
+    assert columns == ["level", "denoiser_ce", "denoiser_accuracy"]
+    assert rows == [[0.25, 1.0, 0.5], [0.75, None, 0.25]]
+    assert logs.level_table(values) is None
 
 
 # Several processes
