@@ -49,7 +49,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -124,11 +123,13 @@ def work(settings: dict, side: str) -> None:
     """Answer "step" with seconds and bytes, "flops" and "profile" with what they say."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                                       # what a peer prints is no answer
-    before = 0 if torch.cuda.is_available() else peak_bytes()
+    device = runtime.pick_device()
+    before = 0 if device.type == "cuda" else runtime.peak_bytes(device)
     step = step_of(settings, side)
     for line in sys.stdin:
         if line.strip() == "step":
-            answer = [seconds_of(step, settings["repeats"]), peak_bytes() - before]
+            seconds = seconds_of(step, settings["repeats"])
+            answer = [seconds, runtime.peak_bytes(device) - before]
         elif line.strip() == "flops":
             answer = timing.count_flops(settings, int(side.split()[0]))
         else:
@@ -141,12 +142,6 @@ def seconds_of(step: Callable[[], None], repeats: int) -> float:
     for _ in range(repeats):
         step()
     return (time.perf_counter() - began) / repeats
-
-
-def peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def profile_of(step: Callable[[], None]) -> list[tuple[str, float]]:

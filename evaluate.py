@@ -21,6 +21,7 @@ class EvaluateOptions:
     batch_size: int = 250                   # samples drawn at a time
     correct: config.NotNegative = 0         # gidd: a second row after steps of self-correction
     flips: config.Share = 0.0               # share of known tokens that are redrawn as another id
+    bits: bool = True                       # estimate bits per token, which takes a while
     again: bool = False                     # draw finished rows of evaluate.csv anew
     planner: bool = False                   # judge the planner too: RUN/reliability.png
     # TorchScript file (code that is run), tokens -> images: writes RUN/SAMPLER_NFE_*.npz
@@ -56,7 +57,7 @@ from tqdm import tqdm
 import data
 import methods
 from diffusion import forcing, samplers
-from support import diagnostics, logs, metrics, pictures, runtime
+from support import comparison, diagnostics, logs, metrics, pictures, runtime
 from support.checkpoint import load_run
 from support.text import is_text, load_text
 from support.validate import find_decoder
@@ -73,12 +74,6 @@ FRAME_KEYS = (
     "run", "train_seed", "sampler", "steps", "lag", "stabilization_level", "context_level", "flips",
     "n", "seed",
 )
-# What the plot shows, where rows have it
-QUALITY = {
-    "judge_acc": "judge accuracy", "frechet": "Frechet distance",
-    "shortest": "shortest paths", "valid": "valid ones",
-    "right": "frames exactly right", "intact": "sprite intact",
-}
 # Names of rows that are a sampler with options; temperature_end is a share of the temperature at
 # the start
 VARIANTS = {"random": ("confidence", {"order": "random", "temperature_end": 0.6})}
@@ -149,7 +144,8 @@ class Judged:
             known = data.context_mask(self.spec.meta, x0, self.spec.config["context_frames"])
             rng = runtime.generator("bits")
             return methods.bits_per_token(
-                self.spec, self.run.nets, x0, label, known, rng, n_distinct=len(val)
+                self.spec, self.run.nets, x0, label, known, rng, n_distinct=len(val),
+                progress=functools.partial(tqdm, desc="bits per token", leave=False),
             )
 
     def n_frames(self, flags: Flags) -> int:
@@ -361,22 +357,21 @@ def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> 
 
 
 def finished_rows(path: Path, settings: str) -> list[dict[str, Any]]:
-    """Rows of a CSV that were drawn with these settings, numbers as numbers."""
-    rows = [row for row in logs.read_rows(path) if row.get("settings") == settings]
-    return [{key: as_number(value) for key, value in row.items() if value} for row in rows]
+    """Rows of a CSV that were drawn with these settings."""
+    return [row for row in logs.read_numbers(path) if row.get("settings") == settings]
 
 
-def as_number(value: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
+def add_bits(path: Path, settings: str, bits: Bits) -> None:
+    """To rows that were drawn with --no-bits."""
+    rows = logs.read_rows(path)
+    for row in rows:
+        if row["settings"] == settings and not row.get("bits_per_token"):
+            row |= bits_columns(bits)
+    logs.write_rows(path, rows)
 
 
 def evaluate(
-    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: Bits,
+    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
 ) -> list[dict[str, Any]]:
     """One row of the table, and one more where samples are corrected afterwards."""
     spec, run = judged.spec, judged.run
@@ -422,8 +417,10 @@ def evaluate(
     return rows
 
 
-def bits_columns(bits: Bits) -> dict[str, float]:
-    """The tight bound as bits_per_token, every other one under its name."""
+def bits_columns(bits: Bits | None) -> dict[str, float]:
+    """The tight bound as bits_per_token, every other one under its name; none with --no-bits."""
+    if bits is None:
+        return {}
     tight, *others = bits.items() or [("none", (math.nan, math.nan))]      # no closed form
     columns = dict(bits_per_token=round(tight[1][0], 4), bits_se=round(tight[1][1], 4))
     for name, (value, error) in others:
@@ -465,59 +462,9 @@ def write_images(judged: Judged, name: str, tokens: np.ndarray) -> None:
 # The table
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Quality against NFE and against seconds, a line for each run and sampler; seeds are
-    averaged."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if row["nfe"] != "n/a"]
-    columns = [column for column in QUALITY if any(column in row for row in rows)]
-    if not columns:
-        return
-    rows = [row for row in rows if columns[0] in row]
-    columns = [column for column in columns if all(column in row for row in rows)]
-    x_labels = {"nfe": "network calls (NFE)", "s_per_sample": "seconds per sample"}
-    size = (10, 3.5 * len(columns))
-    figure, panels = pyplot.subplots(
-        len(columns), 2, figsize=size, sharey="row", squeeze=False, layout="constrained"
-    )
-    for run, sampler in dict.fromkeys((row["run"], row["sampler"]) for row in rows):
-        mine = [row for row in rows if (row["run"], row["sampler"]) == (run, sampler)]
-        steps = sorted({row["steps"] for row in mine})
-        axes = [(y, x) for y in columns for x in x_labels]
-        for panel, (y, x) in zip(panels.flat, axes, strict=True):
-            means = [
-                [np.mean([row[key] for row in mine if row["steps"] == s]) for s in steps]
-                for key in (x, y)
-            ]
-            panel.plot(*means, marker="o", markersize=4, label=f"{Path(run).name}, {sampler}")
-            panel.set(xscale="log", xlabel=x_labels[x], ylabel=QUALITY[y])
-    if "frechet" in columns:
-        panels[columns.index("frechet"), 0].set_yscale("log")
-    panels[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def describe(row: dict[str, Any], per_class: dict | None, meta: dict[str, Any]) -> str:
-    """A row in words."""
-    words = [
-        f"{name} {row[column]:{form}}"
-        for column, (name, form) in metrics.COLUMNS.items()
-        if column in row
-    ]
-    if "lo" in row:
-        words[0] += f" ({row['lo']:.1%} to {row['hi']:.1%})"
-        if per_class:
-            worst = min(per_class, key=per_class.get)
-            words[1] += f" (class {meta['class_names'][worst]})"
-    return ", ".join(words)
-
-
-def describe_bits(bits: Bits) -> str:
+def describe_bits(bits: Bits | None) -> str:
+    if bits is None:
+        return "bits per token left out"
     if not bits:
         return "no likelihood bound for its noise"
     bounds = [f"{value:.3f} +- {error:.3f} ({name})" for name, (value, error) in bits.items()]
@@ -581,65 +528,71 @@ def refuse_idle_flags(spec: methods.Spec, flags: Flags) -> None:
             raise SystemExit(f"{flag} means nothing for a {spec.name} run on {spec.meta['name']}")
 
 
-def evaluate_run(judged: Judged, flags: Flags) -> list[dict[str, Any]]:
+def evaluate_run(judged: Judged, flags: Flags) -> None:
     """All rows of one run, printed and written to its evaluate.csv."""
     spec, folder = judged.spec, judged.run.folder
     names = list(flags.samplers) or list(spec.method.samplers)[:1]
     budgets = flags.nfe or ((8,) if spec.is_video else (64,))
     check_run(judged, names, budgets, flags)
-    bits = judged.bits()
+    bits = judged.bits() if flags.bits else None
     print(f"{folder}, iteration {judged.run.it}: {describe_bits(bits)}")
-    if judged.metrics.val:
-        real, per_class = judged.metrics.val
-        print(
-            f"  held-out real data, n {judged.metrics.n_val}: "
-            + describe(real, per_class, spec.meta)
-        )
     if flags.planner and "ddpd" in spec.method.samplers:
         x0, label = (torch.from_numpy(y) for y in judged.splits["val"].spread_subset(N_PLANNER))
         diagnostics.report_planner(judged.run, x0, label, min(64, judged.batch_limit("", 1)))
-    rows = []
+    table = comparison.Table()
+    held_out = held_out_scores(judged)
+    if "features" in held_out:
+        print(f"features for Frechet distance, precision and recall: {held_out['features']}")
+    if held_out:
+        table.print(dict(sampler="held-out data", n=judged.metrics.n_val, **held_out))
     for name in names:
         if sampler_of(name) not in spec.method.samplers:
-            rows.append(
-                dict(run=str(folder), sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a")
-            )
-            logs.append_rows(folder / "evaluate.csv", rows[-1])
+            row = dict(run=str(folder), sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a")
+            logs.append_rows(folder / "evaluate.csv", row)
             print(f"  {name}: n/a for a {spec.name} run")
             continue
         for nfe in budgets:
             for seed in flags.seeds:
-                rows += rows_of(judged, name, nfe, seed, flags, bits)
-    return rows
+                rows, is_finished = rows_of(judged, name, nfe, seed, flags, bits)
+                for row in rows:
+                    table.print(row, "  from evaluate.csv" * is_finished)
+
+
+def held_out_scores(judged: Judged) -> dict[str, Any]:
+    """Scores of held-out data, {} where they would say nothing."""
+    return judged.metrics.val[0] if judged.metrics.val else {}
 
 
 def rows_of(
-    judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits,
-) -> list[dict[str, Any]]:
-    """The row or two of a setting: those of evaluate.csv where they are finished, or drawn now."""
+    judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
+) -> tuple[list[dict[str, Any]], bool]:
+    """The row or two of a setting.  -> rows, were they finished before, in evaluate.csv?"""
     path = judged.run.folder / "evaluate.csv"
-    rows = finished_rows(path, settings_of(judged, name, nfe, seed, flags))
-    is_finished = len(rows) == len(plan_stages(name, judged, nfe, flags)) and not flags.again
-    if not is_finished:
-        with runtime.one_line_errors(ValueError):
-            rows = evaluate(judged, name, nfe, seed, flags, bits)
-        logs.append_rows(path, *rows)
-    for row in rows:
-        print(
-            f"  {row['sampler']:10} {row['steps']:>4} steps, {row['nfe']:g} NFE, "
-            f"seed {seed}, n {row['n']}: {describe(row, None, judged.spec.meta)}, "
-            f"{row['s_per_sample']:.3f} s each" + ", from evaluate.csv" * is_finished
-        )
-    return rows
+    settings = settings_of(judged, name, nfe, seed, flags)
+    n_stages = len(plan_stages(name, judged, nfe, flags))
+    rows = finished_rows(path, settings)[-n_stages:]            # --again leaves the older ones
+    if len(rows) == n_stages and not flags.again:
+        if bits and not all("bits_per_token" in row for row in rows):
+            add_bits(path, settings, bits)
+        return rows, True
+    with runtime.one_line_errors(ValueError):
+        rows = evaluate(judged, name, nfe, seed, flags, bits)
+    logs.append_rows(path, *rows)
+    return rows, False
 
 
 def main(flags: Flags) -> None:
     check_flags(flags)
     device = runtime.pick_device()
     rows = []
+    held_out = {}
     for folder in flags.runs:
-        rows += evaluate_run(Judged(folder, device, flags.decoder), flags)
-    plot(rows, Path(flags.runs[0]) / "evaluate.png")
+        judged = Judged(folder, device, flags.decoder)
+        evaluate_run(judged, flags)
+        held_out[folder] = held_out_scores(judged)
+        table = logs.read_numbers(judged.run.folder / "evaluate.csv")
+        rows += [row | {"run": folder} for row in table]
+    comparison.plot(rows, held_out, Path(flags.runs[0]) / "evaluate.png")
 
 
 if __name__ == "__main__":

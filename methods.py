@@ -150,18 +150,19 @@ def make_tasks(
 
 def bits_per_token(
     spec: Spec, nets: dict[str, Callable], x0: Tensor, label: Tensor, known: Tensor | None,
-    generator: torch.Generator, n_distinct: int = 0,
+    generator: torch.Generator, n_distinct: int = 0, progress: Callable = iter,
 ) -> dict[str, tuple[float, float]]:
     """Upper bounds on -log2 p(x0) / N, the tight one first.  -> {bound: (bits per token, error)}
 
     x0 (n, N), label (n,), known (n, N) bool or None: tokens that are given and not counted;
-    n_distinct: the first so many sequences are repeated, 0: none is
+    n_distinct: the first so many sequences are repeated, 0: none is; progress: around the batches,
+    such as tqdm
     """
     is_along_frames = spec.method.has_own_levels and spec.n_frames > 1
     paths = ("shared", "frames") if is_along_frames else ("shared",)
     return likelihood.bits_per_token(
         nets, spec.method.bounds, x0, label, spec.noise, generator, known=known, paths=paths,
-        n_frames=spec.n_frames, n_distinct=n_distinct,
+        n_frames=spec.n_frames, n_distinct=n_distinct, progress=progress,
     )
 
 

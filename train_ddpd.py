@@ -133,14 +133,15 @@ def train(
             is_last = micro == cfg.grad_accumulation_steps - 1
             losses = backward(cfg, learners, tasks, world.device, is_last)
             meter.add(losses, training.it)
-        update_weights(cfg, training)
+        meter.add_norms(update_weights(cfg, training))
         training.it += 1
         bar.update()
 
         is_last = training.it == cfg.max_iters
         signal = stop.requested()
         if is_last or training.it % cfg.log_interval == 0:
-            bar.set_postfix_str(log_losses(cfg, training.it, meter, clock, log))
+            epochs = batches.epochs(training.it)
+            bar.set_postfix_str(log_losses(cfg, training.it, epochs, meter, clock, log))
         if signal or is_last or is_due(training.it, cfg.save_interval):
             meter.raise_if_nonfinite()
             if not save(cfg, spec, training, world) and (signal or is_last):
@@ -184,15 +185,17 @@ def is_due(it: int, interval: int) -> bool:
 
 
 def log_losses(
-    cfg: config.Config, it: int, meter: LossMeter, clock: Clock, log: logs.Log,
+    cfg: config.Config, it: int, epochs: float, meter: LossMeter, clock: Clock, log: logs.Log,
 ) -> str:
     """A line of log.jsonl.  -> the same in words"""
     means = meter.mean()
     rate = clock.tokens_per_s(it)
     losses = {f"{name}_loss": round(value, 5) for name, value in means.items()}
+    norms = {f"{name}_grad_norm": round(n, 5) for name, n in meter.mean_norms().items()}
     log.write(
-        it, **losses, lr_factor=round(lr_factor(it - 1, cfg), 5), tokens_per_s=round(rate),
-        train_s=round(clock.train_s, 2),
+        it, **losses, **norms, lr_factor=round(lr_factor(it - 1, cfg), 5), epochs=round(epochs, 4),
+        tokens_per_s=round(rate), train_s=round(clock.train_s, 2),
+        peak_mib=round(runtime.peak_bytes(meter.world.device) / 2**20),
     )
     words = [f"{name} {value:.3f}" for name, value in means.items()]
     return ", ".join([*words, f"{rate:.0f} tokens/s"])

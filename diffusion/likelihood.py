@@ -148,13 +148,14 @@ def bits_per_token(
     nets: Nets, bounds: Callable, x0: Tensor, label: Tensor, noise: Noise,
     generator: torch.Generator, *, known: Tensor | None = None,
     paths: tuple[str, ...] = ("shared",), n_frames: int = 1, n_distinct: int = 0,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int = MAX_LOGITS, progress: Callable = iter,
 ) -> dict[str, tuple[float, float]]:
     """Upper bounds on -log2 p(x0) / N, from one level for each sequence.
 
     t = u^2 with u stratified on (0, 1), so the weight is 2u. x0 (n, N), label (n,), bounds one of
     the functions above; known (n, N) bool: tokens that are given and not counted. Where the first
     n_distinct sequences are repeated the error is that of their means, as if drawn from the data.
+    progress wraps the batches.
     ->  {bound: (bits per token, standard error)}, empty where the process has no closed form
     """
     if not noise.has_posterior:
@@ -166,7 +167,7 @@ def bits_per_token(
     is_counted = torch.ones_like(x0, dtype=torch.bool) if known is None else ~known
     nats = {}                                           # bound -> parts (b,) of sequences
     n_batch = max(1, min(BATCH, max_logits // (n_tokens * noise.vocab)))
-    for i in torch.arange(n).split(n_batch):
+    for i in progress(torch.arange(n).split(n_batch)):
         row = order[i]
         for path in paths:
             levels, speed = levels_along(path, u[i], n_tokens, n_frames)

@@ -52,10 +52,23 @@ class Log:
                 self.file.flush()
         if self.wandb:
             with self.never_fatal("wandb", Exception):
-                self.wandb.log(numbers_of(values), step=it)
+                self.send(it, values)
 
-    def media(self, it: int, **paths: Path) -> None:
-        """Pictures (.png) and videos."""
+    def send(self, it: int, values: dict[str, Any]) -> None:
+        """To Weights & Biases: curves under train/ and val/, floors into its table of runs, noise
+        levels as one table."""
+        import wandb
+
+        for name, value in values.get("floors", {}).items():
+            self.wandb.summary[f"floor/{name}"] = value
+        content = sections_of(values)
+        if levels := level_table(values):
+            content["val/by_level"] = wandb.Table(*levels)
+        if content:
+            self.wandb.log(content, step=it)
+
+    def media(self, it: int, caption: str, **paths: Path) -> None:
+        """Pictures (.png) and videos, under val/."""
         with self.never_fatal("wandb", Exception):
             import wandb
 
@@ -63,7 +76,7 @@ class Log:
             for name, path in paths.items():
                 is_picture = path.suffix == ".png"
                 kind = wandb.Image if is_picture else functools.partial(wandb.Video, format="mp4")
-                media[name] = kind(str(path))
+                media[f"val/{name}"] = kind(str(path), caption=caption)
             self.wandb.log(media, step=it)
 
     def close(self) -> None:
@@ -85,13 +98,29 @@ def open_log(path: Path):
     return open(path, "a")
 
 
-def numbers_of(values: dict[str, Any]) -> dict[str, float]:
-    """What Weights & Biases plots: numbers, and each entry of a list or of the floors."""
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-    for key, value in values.items():
-        if isinstance(value, list):
-            numbers |= {f"{key}/{i}": part for i, part in enumerate(value)}
-    return numbers | {f"floor/{key}": value for key, value in values.get("floors", {}).items()}
+def sections_of(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of the log, as train/NAME or val/NAME."""
+    sections = {}
+    for name, value in values.items():
+        if type(value) in (int, float):
+            is_validation = name.startswith("val_")
+            section = "val" if is_validation else "train"
+            sections[f"{section}/{name.removeprefix('val_')}"] = value
+    return sections
+
+
+def level_table(values: dict[str, Any]) -> tuple[list[str], list[list]] | None:
+    """Scores by noise level, a row for each bin.  -> columns, rows; None where there are none"""
+    bins = {name: value for name, value in values.items() if name.endswith("_bins")}
+    if not bins:
+        return None
+    names = [name.removeprefix("val_").removesuffix("_bins") for name in bins]
+    n_bins = len(next(iter(bins.values())))
+    rows = [
+        [(i + 0.5) / n_bins, *scores]
+        for i, scores in enumerate(zip(*bins.values(), strict=True))
+    ]
+    return ["level", *names], rows
 
 
 def start_wandb(folder: Path, cfg):
@@ -152,11 +181,32 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     return [row for row in rows if None not in row and None not in row.values()]
 
 
+def read_numbers(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a CSV without their empty cells, numbers as numbers."""
+    return [
+        {column: as_number(value) for column, value in row.items() if value}
+        for row in read_rows(path)
+    ]
+
+
+def as_number(value: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
 def append_rows(path: str | Path, *new_rows: dict[str, Any]) -> None:
     """Append to a CSV, which is written anew, whole or not at all; columns may be new."""
+    write_rows(path, [*read_rows(path), *new_rows])
+
+
+def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """A CSV, whole or not at all."""
     path = Path(path)
     with one_line_errors(OSError):
-        rows = [*read_rows(path), *new_rows]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         new = path.with_suffix(".tmp")
         with open(new, "w", newline="") as file:

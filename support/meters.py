@@ -13,7 +13,8 @@ from support.runtime import World
 
 
 class LossMeter:
-    """Mean losses of all processes; nothing waits for the device until they are read."""
+    """Mean losses of all processes and mean gradient norms, which DDP makes the same in all of
+    them; nothing waits for the device until they are read."""
 
     def __init__(self, out_dir: str, names: list[str], world: World):
         self.out_dir = out_dir
@@ -21,6 +22,8 @@ class LossMeter:
         self.world = world
         self.sum = torch.zeros(len(names), device=world.device)
         self.count = 0
+        self.norms = torch.zeros(len(names), device=world.device)
+        self.n_norms = 0
         self.first_bad = torch.full((), math.inf, device=world.device)      # iteration of a NaN
 
     def add(self, losses: Tensor, it: int) -> None:
@@ -28,6 +31,18 @@ class LossMeter:
         self.count += 1
         is_good = self.sum.isfinite().all()
         self.first_bad = torch.where(is_good, self.first_bad, self.first_bad.clamp_max(it))
+
+    def add_norms(self, norms: Tensor) -> None:
+        """Gradient norms (n_nets,) of an iteration."""
+        self.norms += norms
+        self.n_norms += 1
+
+    def mean_norms(self) -> dict[str, float]:
+        """Means since the last call."""
+        mean = self.norms / max(1, self.n_norms)
+        self.norms.zero_()
+        self.n_norms = 0
+        return dict(zip(self.names, mean.tolist(), strict=True))
 
     def mean(self) -> dict[str, float]:
         """Means since the last call."""

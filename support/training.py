@@ -250,6 +250,10 @@ class Batches:
         known = data.known_mask(self.spec.meta, x0)
         return methods.make_tasks(self.spec, x0, label, known, rng)
 
+    def epochs(self, it: int) -> float:
+        """How often `it` iterations have seen each sequence."""
+        return it * self.n_groups * self.cfg.batch_size / self.order.n
+
 
 def lr_factor(it: int, cfg: config.Config) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
@@ -259,21 +263,30 @@ def lr_factor(it: int, cfg: config.Config) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * progress)
 
 
-def update_weights(cfg: config.Config, training: Training) -> None:
-    """One optimizer step of every network, and of its average."""
+def clip_gradients(net: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients of a network down to max_norm; 0 leaves them.  -> () norm before"""
+    if max_norm:
+        return nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+    return nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+
+
+def update_weights(cfg: config.Config, training: Training) -> Tensor:
+    """One optimizer step of every network, and of its average.  -> (n_nets,) gradient norms before
+    clipping, left on the device"""
+    norms = []
     warmup_decay = (1 + training.it) / (10 + training.it)       # early averages forget the start
     decay = min(cfg.ema_decay, warmup_decay)
     for name, net in training.nets.items():
         optimizer = training.optimizers[name]
         for group in optimizer.param_groups:
             group["lr"] = training.lrs[name] * group["lr_scale"] * lr_factor(training.it, cfg)
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
+        norms.append(clip_gradients(net, cfg.grad_clip))
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             averages = list(training.ema[name].parameters())
             torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
+    return torch.stack(norms)
 
 
 def save(cfg: config.Config, spec: methods.Spec, training: Training, world: runtime.World) -> bool:

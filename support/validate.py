@@ -217,4 +217,8 @@ def draw_samples(
             recording.finish(after), label.tolist(), spec.meta, title, decoder
         )
         videos.write_video(folder / "planner", frames)
-        log.media(it, samples=folder / "samples.png", planner=folder / "planner.mp4")
+        caption = f"iteration {it}, {state.nfe.float().mean():.0f} network calls"
+        if spec.n_classes:
+            names = [pictures.label_name(i, spec.meta) for i in label.tolist()]
+            caption += f": {', '.join(names)}"
+        log.media(it, caption, samples=folder / "samples.png", planner=folder / "planner.mp4")

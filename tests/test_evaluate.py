@@ -250,13 +250,20 @@ def test_finished_rows_are_not_drawn_again(runs):
     def n_rows():
         return len([row for row in rows_of("out/a") if row["seed"] == "5"])
 
-    for more, n_expected, is_read in [([], 1, False), ([], 1, True), (["--top-p", 0.9], 2, False),
-                                      (["--again"], 3, False)]:
+    def has_bits():
+        return all(row["bits_per_token"] for row in rows_of("out/a") if row["seed"] == "5")
+
+    for more, n_expected, is_read in [
+        (["--no-bits"], 1, False), ([], 1, True), (["--top-p", 0.9, "--no-bits"], 2, False),
+        (["--again", "--no-bits"], 3, False), (["--no-bits"], 3, True),
+    ]:
         done = script(*command, *more)
         assert done.returncode == 0, done.stderr
         assert n_rows() == n_expected
         assert ("from evaluate.csv" in done.stdout) == is_read
         assert Path("out/a/evaluate.png").exists()
+        assert ("bits per token left out" in done.stdout) == ("--no-bits" in more)
+        assert has_bits() == (more == [])               # filled in where they were left out
 
 
 def test_ctrl_c_keeps_what_is_finished(runs):

@@ -14,7 +14,7 @@ from PIL import Image
 import data
 import evaluate
 from sources import avatars
-from support import features, metrics, pictures
+from support import comparison, features, metrics, pictures
 
 COLOURS = [[255, 255, 255], [200, 30, 30], [30, 60, 200], [225, 225, 225]]
 SIDE = 8
@@ -194,7 +194,7 @@ def test_a_run_in_colour_is_judged(tmp_path, monkeypatch):
     [row] = evaluate.evaluate(judged, "ddpd", 8, 0, flags, {})
     assert {"judge_acc", "frechet", "copies", "features"} <= set(row)
     assert Path("out/squares/neighbours_ddpd_8.png").stat().st_size > 500
-    evaluate.plot([row], Path("plot.png"))
+    comparison.plot([row], {}, Path("plot.png"))
     assert Path("plot.png").stat().st_size > 1000
 
 

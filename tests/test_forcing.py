@@ -754,7 +754,7 @@ def test_bits_leave_the_given_frames_out(monkeypatch):
     by validation and evaluation alike."""
     asked = []
 
-    def bits_per_token(spec, nets, x0, label, known, rng, n_distinct=0):
+    def bits_per_token(spec, nets, x0, label, known, rng, n_distinct=0, progress=iter):
         asked.append(known.view(len(known), *spec.grid))
         return {"shared": (1.5, 0.1), "frames": (1.25, 0.2)}
 

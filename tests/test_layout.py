@@ -17,12 +17,13 @@ import bench
 import config
 import data
 import evaluate
+import plot
 import sample
 import tokenizer
 
 # Modules and their imports
 
-SCRIPTS = {"train_ddpd", "sample", "evaluate", "bench", "tokenizer"}
+SCRIPTS = {"train_ddpd", "sample", "evaluate", "bench", "tokenizer", "plot"}
 TOP_LEVEL = {"config", "model", "data", "methods"} | SCRIPTS
 DIFFUSION = {
     f"diffusion.{name}"
@@ -32,13 +33,13 @@ SUPPORT = {
     f"support.{name}"
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
-        canvas pictures videos diagnostics timing text
+        canvas pictures videos diagnostics timing text figures curves report comparison
     """.split()
 }
 BY_THEMSELVES = {
     "config", "data", "diffusion.processes",
     "support.attention", "support.canvas", "support.chunked_head",
-    "support.runtime",
+    "support.runtime", "support.figures",
 }
 
 
@@ -277,6 +278,7 @@ FLAG_CLASSES = {
     "data.py": data.Make,
     "bench.py": bench.Flags,
     "tokenizer.py": tokenizer.Flags,
+    "plot.py": plot.Flags,
 }
 TORCHRUN_FLAGS = {"--max-restarts"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")

@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, refusal, script, tiny_config
 import config
 import methods
 import train_ddpd
-from support import checkpoint, diagnostics, runtime, training, validate
+from support import checkpoint, diagnostics, logs, runtime, training, validate
 from support.checkpoint import digest, load_checkpoint
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}      # the order of sums is the same everywhere
@@ -178,6 +178,39 @@ def test_learning_rate_schedule():
     assert factors[110:] == pytest.approx([0.1] * 90)
     until_the_end = replace(cfg, lr_decay_iters=0)
     assert training.lr_factor(200, until_the_end) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("grad_clip", [0, 1e-3, 1e9])
+def test_gradient_norms_are_logged_before_clipping(grad_clip):
+    """The first one is the norm of the gradient of the untrained networks, whatever it is clipped
+    to."""
+    name = f"norms{grad_clip}"
+    cfg = tiny(name, "--max-iters", 1, "--grad-clip", grad_clip)
+    train_ddpd.main(cfg)
+    logged = training_rows(name)[0]
+    spec, splits = training.open_data(cfg)
+    nets = training.build_training(cfg, spec, None, torch.device("cpu")).nets
+    tasks = training.Batches(cfg, spec, splits["train"], 1).tasks(0, 0)
+    for name, net in nets.items():
+        training.Learner(net)(tasks[name]).backward()
+        squares = [p.grad.double().square().sum() for p in net.parameters() if p.grad is not None]
+        norm = sum(squares).sqrt().item()
+        assert logged[f"{name}_grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_log_line_holds_means_since_the_one_before():
+    """Losses and gradient norms; epochs count the sequences of the training split."""
+    for interval in (1, 4):
+        flags = ["--max-iters", 8, "--log-interval", interval]
+        train_ddpd.main(tiny(f"every{interval}", *flags))
+    each, fourth = training_rows("every1"), training_rows("every4")
+    for name in ("planner_loss", "planner_grad_norm", "denoiser_grad_norm"):
+        for i, row in enumerate(fourth):
+            values = [row[name] for row in each[4 * i:4 * i + 4]]
+            assert row[name] == pytest.approx(np.mean(values), abs=1e-5)
+    n_train = len(training.open_data(tiny("every1"))[1]["train"])
+    assert [row["epochs"] for row in fourth] == [round(it * 4 / n_train, 4) for it in (4, 8)]
+    assert all(row["peak_mib"] > 50 for row in each)
 
 
 def test_validation_is_the_loss_of_the_averaged_networks():
@@ -350,8 +383,8 @@ def test_recomputed_activations_are_not_kept_and_change_nothing():
 
 
 def test_wandb_goes_on_under_its_id(monkeypatch):
-    """Losses, floors, bins, pictures and the planner's video, without a network; a resumed run
-    keeps its id."""
+    """Losses, floors, noise levels as a table, pictures and the planner's video, without a
+    network; a resumed run keeps its id."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     flags = ["--wandb-project", "p", "--wandb-mode", "offline", "--max-iters"]
@@ -361,9 +394,26 @@ def test_wandb_goes_on_under_its_id(monkeypatch):
     folders = [folder.name for folder in Path("out/wandb/wandb").glob("offline-run-*")]
     assert len(folders) == 2
     assert all(name.endswith(run_id) for name in folders)
-    media = [file.suffix for file in Path("out/wandb/wandb").rglob("media/*/*")]
+    media = [file.suffix for file in Path("out/wandb/wandb").rglob("media/*/val/*")]
     assert media.count(".png") == 2
     assert media.count(".mp4") == 2
+    files = Path("out/wandb/wandb").rglob("*.table.json")
+    tables = [json.loads(file.read_text()) for file in files]
+    assert len(tables) == 2
+    assert tables[0]["columns"][:3] == ["level", "planner_bce", "planner_auroc"]
+    assert [row[0] for row in tables[0]["data"]] == pytest.approx(np.arange(10) / 10 + 0.05)
+
+
+def test_the_log_in_sections():
+    """Weights & Biases gets numbers as train/ or val/, the bins of noise levels as one table."""
+    values = dict(planner_loss=0.5, start=True, commit="a", val_denoiser_ce=1.5, floors={"x": 1.0})
+    bins = dict(val_denoiser_ce_bins=[1.0, None], val_denoiser_accuracy_bins=[0.5, 0.25])
+    sections = {"train/planner_loss": 0.5, "val/denoiser_ce": 1.5}
+    assert logs.sections_of(values | bins) == sections
+    columns, rows = logs.level_table(values | bins)
+    assert columns == ["level", "denoiser_ce", "denoiser_accuracy"]
+    assert rows == [[0.25, 1.0, 0.5], [0.75, None, 0.25]]
+    assert logs.level_table(values) is None
 
 
 # Several processes
