@@ -13,7 +13,7 @@ import config
 @dataclass(frozen=True)
 class EvaluateOptions:
     """What is compared."""
-    runs: tuple[str, ...]                   # folders of runs
+    runs: tuple[str, ...]                   # folders of runs, exported or not, or hf://OWNER/NAME
     samplers: tuple[str, ...] = ()          # those of a method, or random; (): a run's first
     nfe: tuple[int, ...] = ()               # network calls per sample, or per frame of a video
     n_samples: int = 500                    # samples per row, classes in turn
@@ -632,9 +632,12 @@ def main(flags: Flags) -> None:
     check_flags(flags)
     device = runtime.pick_device()
     rows = []
-    for folder in flags.runs:
-        rows += evaluate_run(Judged(folder, device, flags.decoder), flags)
-    plot(rows, Path(flags.runs[0]) / "evaluate.png")
+    folders = []
+    for name in flags.runs:
+        judged = Judged(name, device, flags.decoder)
+        folders.append(judged.run.folder)
+        rows += evaluate_run(judged, flags)
+    plot(rows, folders[0] / "evaluate.png")
 
 
 if __name__ == "__main__":

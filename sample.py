@@ -13,7 +13,7 @@ import config
 @dataclass(frozen=True)
 class SampleOptions:
     """What is sampled, and what is written."""
-    run: str                                # folder of a run
+    run: str                                # folder of a run, exported or not, or hf://OWNER/NAME
     labels: tuple[int, ...] = ()            # one sample for each; (): every class once, or 8
     sampler: str = ""                       # one that fits the run's method; "": its first
     n_steps: int | None = None              # steps; 64, or 4 for each frame of a video
@@ -39,9 +39,9 @@ if __name__ == "__main__":
 
 import itertools
 import json
+import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -261,10 +261,11 @@ def draw(flags: Flags, run: Run, start: Start, stages: list[Stage]) -> Drawn:
 
 
 def write_videos(
-    flags: Flags, spec: methods.Spec, start: Start, stages: list[Stage], drawn: Drawn, decoder,
+    flags: Flags, run: Run, start: Start, stages: list[Stage], drawn: Drawn, decoder,
     wrong: np.ndarray | None,
 ) -> list[str]:
     """A video of each stage.  -> names of the files"""
+    spec = run.spec
     names = []
     for stage in stages:
         frames = drawn.frames.get(stage.file_stem)
@@ -285,7 +286,7 @@ def write_videos(
             pictures = render.planner_frames(
                 frames, labels, spec.meta, decoder, known, real, errors
             )
-        render.write_video(Path(flags.run) / stage.file_stem, pictures)
+        render.write_video(run.folder / stage.file_stem, pictures)
         names += [f"{stage.file_stem}.mp4", f"{stage.file_stem}.gif"]
     return names
 
@@ -296,7 +297,7 @@ def write_files(
     """samples.npz, samples.png and the videos; prints how right the samples are where the data
     knows."""
     spec = run.spec
-    folder = Path(flags.run)
+    folder = run.folder
     settings = {
         **asdict(flags),
         "it": run.it,
@@ -315,7 +316,7 @@ def write_files(
         render.samples_png(
             folder / "samples.png", drawn.tokens, start.labels, spec.meta, decoder, wrong
         )
-        videos = write_videos(flags, spec, start, stages, drawn, decoder, wrong)
+        videos = write_videos(flags, run, start, stages, drawn, decoder, wrong)
     if source:
         scores = source.score(drawn.tokens, start.real)
         print(", ".join(f"{name} {value.mean():.1%}" for name, value in scores.items()))
@@ -345,6 +346,8 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
 def main(flags: Flags) -> None:
     device = runtime.pick_device()
     run = load_run(flags.run, device)
+    if not os.access(run.folder, os.W_OK):
+        raise SystemExit(f"{run.folder} is not writable: samples belong there")
     runtime.freeze(run.nets, device, run.spec.config["dtype"])
     flags = check_flags(flags, run.spec)
     decoder = find_decoder(flags.decoder, run.folder, run.spec.meta, device)

@@ -12,7 +12,7 @@ import config
 import data
 import methods
 from diffusion import objectives
-from support import logs, render, runtime
+from support import hub, logs, render, runtime
 from support.chunked_head import hidden_at_sites, map_logits
 
 N_BINS = 10                 # of noise level
@@ -163,7 +163,9 @@ def find_decoder(
     path: str, folder: Path, meta: dict, device: torch.device | str
 ) -> render.Decoder | None:
     """The decoder that a flag names, or else the one kept in the run's folder, if any."""
-    chosen = path or data.checked_decoder(folder, meta)
+    kept = None if path else data.checked_decoder(folder, meta)
+    hub.refuse_decoder(folder, kept)
+    chosen = path or kept
     return render.load_decoder(str(chosen), meta, device) if chosen else None
 
 

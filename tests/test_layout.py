@@ -17,12 +17,13 @@ import bench
 import config
 import data
 import evaluate
+import export
 import sample
 import tokenizer
 
 # Modules and their imports
 
-SCRIPTS = {"train_ddpd", "sample", "evaluate", "bench", "tokenizer"}
+SCRIPTS = {"train_ddpd", "sample", "evaluate", "bench", "tokenizer", "export"}
 TOP_LEVEL = {"config", "model", "data", "methods"} | SCRIPTS
 DIFFUSION = {
     f"diffusion.{name}"
@@ -32,7 +33,7 @@ SUPPORT = {
     f"support.{name}"
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
-        render diagnostics timing
+        render diagnostics timing exports hub
     """.split()
 }
 BY_THEMSELVES = {
@@ -276,6 +277,7 @@ FLAG_CLASSES = {
     "data.py": data.Make,
     "bench.py": bench.Flags,
     "tokenizer.py": tokenizer.Flags,
+    "export.py": export.Flags,
 }
 TORCHRUN_FLAGS = {"--max-restarts"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
