@@ -83,7 +83,8 @@ class OptimisationOptions:
     overfit: NotNegative = 0                # train on this many sequences only; 0: on all
     # fixed: the same noise every time, losses go to near 0; fresh: they go to the floors printed
     overfit_noise: Literal["fixed", "fresh"] = "fixed"
-    init_from: str = ""                     # run whose averaged weights a new run starts from
+    # run, exported run or hf://OWNER/NAME whose averaged weights a new run starts from
+    init_from: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import config
 @dataclass(frozen=True)
 class EvaluateOptions:
     """What is compared."""
-    runs: tuple[str, ...]                   # folders of runs
+    runs: tuple[str, ...]                   # folders of runs, exported or not, or hf://OWNER/NAME
     samplers: tuple[str, ...] = ()          # those of a method, or random; (): a run's first
     nfe: tuple[int, ...] = ()               # network calls per sample, or per frame of a video
     n_samples: int = 500                    # samples per row, classes in turn
@@ -586,13 +586,16 @@ def main(flags: Flags) -> None:
     device = runtime.pick_device()
     rows = []
     held_out = {}
-    for folder in flags.runs:
-        judged = Judged(folder, device, flags.decoder)
+    folders = []
+    for name in flags.runs:
+        judged = Judged(name, device, flags.decoder)
+        folder = judged.run.folder
+        folders.append(folder)
         evaluate_run(judged, flags)
-        held_out[folder] = held_out_scores(judged)
-        table = logs.read_numbers(judged.run.folder / "evaluate.csv")
-        rows += [row | {"run": folder} for row in table]
-    comparison.plot(rows, held_out, Path(flags.runs[0]) / "evaluate.png")
+        held_out[str(folder)] = held_out_scores(judged)
+        table = logs.read_numbers(folder / "evaluate.csv")
+        rows += [row | {"run": str(folder)} for row in table]
+    comparison.plot(rows, held_out, folders[0] / "evaluate.png")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import config
 @dataclass(frozen=True)
 class SampleOptions:
     """What is sampled, and what is written."""
-    run: str                                # folder of a run
+    run: str                                # folder of a run, exported or not, or hf://OWNER/NAME
     n: config.NotNegative = 0               # samples, classes in turn; 0: every class once, or 8
     labels: tuple[str, ...] = ()            # numbers or names of classes, in turn where n is given
     sampler: str = ""                       # one that fits the run's method; "": its first
@@ -43,9 +43,9 @@ if __name__ == "__main__":
 
 import itertools
 import json
+import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -319,10 +319,11 @@ def draw(flags: Flags, run: Run, start: Start, stages: list[Stage]) -> Drawn:
 
 
 def write_videos(
-    flags: Flags, spec: methods.Spec, start: Start, stages: list[Stage], drawn: Drawn, decoder,
+    flags: Flags, run: Run, start: Start, stages: list[Stage], drawn: Drawn, decoder,
     wrong: np.ndarray | None,
 ) -> list[str]:
     """A video of each stage.  -> names of the files"""
+    spec = run.spec
     names = []
     for stage in stages:
         moments = drawn.moments.get(stage.file_stem)
@@ -346,7 +347,7 @@ def write_videos(
             frames = videos.planner_frames(
                 moments, labels, spec.meta, title, decoder, known, real, errors, flags.scale
             )
-        videos.write_video(Path(flags.run) / stage.file_stem, frames)
+        videos.write_video(run.folder / stage.file_stem, frames)
         names += [f"{stage.file_stem}.mp4", f"{stage.file_stem}.gif"]
     return names
 
@@ -357,7 +358,7 @@ def write_files(
     """samples.npz, samples.png and the videos; prints how right the samples are where the data
     knows."""
     spec = run.spec
-    folder = Path(flags.run)
+    folder = run.folder
     settings = {
         **asdict(flags),
         "it": run.it,
@@ -378,7 +379,7 @@ def write_files(
             folder / "samples.png", drawn.tokens, start.labels, spec.meta, title, decoder, wrong,
             flags.scale,
         )
-        videos = write_videos(flags, spec, start, stages, drawn, decoder, wrong)
+        videos = write_videos(flags, run, start, stages, drawn, decoder, wrong)
     if source:
         scores = source.score(drawn.tokens, start.real)
         print(", ".join(f"{name} {value.mean():.1%}" for name, value in scores.items()))
@@ -424,6 +425,8 @@ def check_scale(flags: Flags, spec: methods.Spec, start: Start, decoder) -> None
 def main(flags: Flags) -> None:
     device = runtime.pick_device()
     run = load_run(flags.run, device)
+    if not os.access(run.folder, os.W_OK):
+        raise SystemExit(f"{run.folder} is not writable: samples belong there")
     runtime.freeze(run.nets, device, run.spec.config["dtype"])
     flags = check_flags(flags, run.spec)
     decoder = find_decoder(flags.decoder, run.folder, run.spec.meta, device)

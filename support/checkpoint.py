@@ -22,6 +22,7 @@ import config
 import data
 import methods
 import model
+from support import exports, hub
 from support.runtime import first_line, one_line_errors
 
 KEYS = ("it", "config", "meta", "world_size", "nets", "ema", "optimizers")
@@ -206,18 +207,31 @@ def check_state(state: dict[str, Any]) -> dict[str, Any]:
     for key in KEYS:
         if key not in state:
             raise ValueError(f"it has no {key}")
-    check_count("it", state["it"], 0)
     check_count("world_size", state["world_size"], 1)
+    spec = checked_spec(state)
+    for part in ("nets", "ema", "optimizers"):
+        check_names(part, state[part], spec)
+    weights = {f"{part}.{name}": state[part][name]
+               for part in ("nets", "ema") for name in spec.method.networks}
+    nets = check_weights(weights, spec)
+    for name, net in nets.items():
+        check_moments(f"optimizers.{name}", state["optimizers"][name], net)
+    return {**state, "config": spec.config}
+
+
+def checked_spec(state: dict[str, Any]) -> methods.Spec:
+    """What a run is, by its config and its data's meta. Raises as check_state does."""
+    check_count("it", state["it"], 0)
     cfg = config.restore(state["config"])
     if message := data.meta_error(state["meta"]):
         raise ValueError(f"meta: {message}")
-    spec = methods.spec_of(asdict(cfg), state["meta"])
-    for part in ("nets", "ema", "optimizers"):
-        has_names = isinstance(state[part], dict) and set(state[part]) == set(spec.method.networks)
-        if not has_names:
-            raise ValueError(f"{part} must be of {', '.join(spec.method.networks)}")
-    check_tensors(state, spec)
-    return {**state, "config": spec.config}
+    return methods.spec_of(asdict(cfg), state["meta"])
+
+
+def check_names(part: str, saved: Any, spec: methods.Spec) -> None:
+    """One entry for each network of the method."""
+    if not isinstance(saved, dict) or set(saved) != set(spec.method.networks):
+        raise ValueError(f"{part} must be of {', '.join(spec.method.networks)}")
 
 
 def check_count(name: str, value: Any, low: int) -> None:
@@ -225,22 +239,21 @@ def check_count(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name} is {config.shown(value)}, not a whole number from {low} on")
 
 
-def check_tensors(state: dict[str, Any], spec: methods.Spec) -> None:
-    """Weights and moments are those of the networks that the config describes."""
-    weights = {f"{part}.{name}": state[part][name]
-               for part in ("nets", "ema") for name in spec.method.networks}
+def check_weights(weights: dict[str, Any], spec: methods.Spec) -> dict[str, model.Transformer]:
+    """Finite ones of the networks that the config describes.  {PART.NETWORK: tensors}  ->  those
+    networks, without memory"""
     for where, saved in weights.items():
         check_size(where, saved, spec.shape)            # before anything of that size is built
     with torch.device("meta"):
         nets = methods.build(spec)
     for where, saved in weights.items():
-        shapes = {key: like.shape for key, like in nets[where.split(".")[1]].state_dict().items()}
+        network = nets[where.split(".")[-1]]
+        shapes = {key: like.shape for key, like in network.state_dict().items()}
         check_shapes(where, saved, shapes)
         for key, tensor in saved.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{where}.{key} is not finite")
-    for name, net in nets.items():
-        check_moments(f"optimizers.{name}", state["optimizers"][name], net)
+    return nets
 
 
 def check_size(where: str, saved: Any, shape: model.Shape) -> None:
@@ -306,8 +319,13 @@ def require_checkpoint(folder: str | Path) -> dict[str, Any]:
     """The newest checkpoint of a run that must have one."""
     state = load_checkpoint(folder)
     if state is None:
-        raise SystemExit(f"no run in {folder}: there is no ckpt.pt")
+        raise SystemExit(f"no run in {folder}: there is no ckpt.pt and no {exports.WEIGHTS}")
     return state
+
+
+def load_averages(folder: Path) -> dict[str, Any]:
+    """it, config, meta and ema (averaged weights) of a run's newest checkpoint, or of an export."""
+    return read_export(folder) if exports.is_export(folder) else require_checkpoint(folder)
 
 
 class Run(NamedTuple):
@@ -320,11 +338,46 @@ class Run(NamedTuple):
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
-    """The run in a folder, with the averaged weights of its newest checkpoint."""
-    state = require_checkpoint(folder)
+    """The run in a folder, exported or not, or on the hub as hf://OWNER/NAME, with its averaged
+    weights."""
+    folder = hub.local_folder(folder)
+    state = load_averages(folder)
     spec = methods.spec_of(state["config"], state["meta"])
     nets = methods.build(spec)
     for name, net in nets.items():
         net.load_state_dict(state["ema"][name])
         net.to(device).eval().requires_grad_(False)
-    return Run(spec, nets, Path(folder), state["it"], torch.device(device))
+    return Run(spec, nets, folder, state["it"], torch.device(device))
+
+
+# Exported runs
+
+# What concerns nobody else: paths and accounts of whoever trained
+PRIVATE = ("out_dir", "init_from", "wandb_project", "wandb_entity", "wandb_name", "wandb_mode")
+
+
+def write_export(folder: Path, run: Run) -> None:
+    """The run's averaged weights, with all that is needed to rebuild its networks."""
+    options = {key: value for key, value in run.spec.config.items() if key not in PRIVATE}
+    values = dict(it=run.it, config=options, meta=run.spec.meta)
+    weights = {name: net.state_dict() for name, net in run.nets.items()}
+    exports.write(folder, {**values, "digest": digest({**values, "ema": weights})}, weights)
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """it, config, meta and ema of an exported folder, checked as a checkpoint is."""
+    try:
+        values, weights = exports.read(folder)
+        for key in ("it", "meta", "digest"):
+            if key not in values:
+                raise ValueError(f"{exports.CONFIG} has no {key}")
+        state = {key: values[key] for key in ("it", "config", "meta")} | {"ema": weights}
+        spec = checked_spec(state)
+        check_names(exports.WEIGHTS, weights, spec)
+        check_weights({name: weights[name] for name in spec.method.networks}, spec)
+        if values["digest"] != digest(state):
+            files = f"{exports.CONFIG} or {exports.WEIGHTS}"
+            raise ValueError(f"{files} has changed: the digest does not match")
+    except (ValueError, SystemExit) as error:
+        raise SystemExit(f"{folder} is no exported run: {first_line(error)}") from None
+    return {**state, "config": spec.config}

@@ -16,7 +16,7 @@ import data
 import methods
 import model
 from diffusion import objectives
-from support import checkpoint, runtime
+from support import checkpoint, hub, runtime
 from support.chunked_head import task_loss
 
 # Data and the run's folder
@@ -150,7 +150,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 
 def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> None:
     """Averaged weights of the run cfg.init_from, into a run that has none of its own yet."""
-    other = checkpoint.require_checkpoint(cfg.init_from)
+    other = checkpoint.load_averages(hub.local_folder(cfg.init_from))
     other_spec = methods.spec_of(other["config"], other["meta"])
     for name in (field.name for field in fields(model.Shape)):
         theirs = getattr(other_spec.shape, name)

@@ -17,27 +17,31 @@ import bench
 import config
 import data
 import evaluate
+import export
 import plot
 import sample
 import tokenizer
 
 # Modules and their imports
 
-SCRIPTS = {"train_ddpd", "sample", "evaluate", "bench", "tokenizer", "plot"}
+SCRIPTS = {"train_ddpd", "sample", "evaluate", "bench", "tokenizer", "export", "plot"}
 TOP_LEVEL = {"config", "model", "data", "methods"} | SCRIPTS
 DIFFUSION = {
     f"diffusion.{name}"
-    for name in "processes objectives gidd forcing likelihood decoding samplers particles".split()
+    for name in """
+        randomness processes objectives gidd forcing likelihood decoding samplers particles
+    """.split()
 }
 SUPPORT = {
     f"support.{name}"
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
-        canvas pictures videos diagnostics timing text figures curves report comparison
+        canvas pictures videos diagnostics timing text figures curves report comparison exports hub
+        sampling
     """.split()
 }
 BY_THEMSELVES = {
-    "config", "data", "diffusion.processes",
+    "config", "data", "diffusion.randomness",
     "support.attention", "support.canvas", "support.chunked_head",
     "support.runtime", "support.figures",
 }
@@ -279,6 +283,7 @@ FLAG_CLASSES = {
     "bench.py": bench.Flags,
     "tokenizer.py": tokenizer.Flags,
     "plot.py": plot.Flags,
+    "export.py": export.Flags,
 }
 TORCHRUN_FLAGS = {"--max-restarts"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
