@@ -1,7 +1,8 @@
 """Sample a run and watch its planner.   python sample.py out/digits --labels 0 1 2 3 --n-steps 64
 
-Writes samples.png, samples.npz, planner.mp4 and planner.gif into the run's folder, from the
-averaged (EMA) weights.
+Writes samples.png, samples.npz, planner.mp4 and planner.gif into a folder of RUN/samples/ that is
+named after the settings, from the averaged (EMA) weights. Any number of samples:
+torchrun --nproc_per_node=2 sample.py out/digits --n 10000; the same command resumes.
 """
 
 import typing
@@ -12,7 +13,7 @@ import config
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What is sampled, and what is written."""
+    """What is sampled."""
     run: str                                # folder of a run, exported or not, or hf://OWNER/NAME
     n: config.NotNegative = 0               # samples, classes in turn; 0: every class once, or 8
     labels: tuple[str, ...] = ()            # numbers or names of classes, in turn where n is given
@@ -23,204 +24,63 @@ class SampleOptions:
     known: str = ""                         # inpainting: .npz of tokens (n, *grid) and bool mask
     prompt: config.Prose = ""               # text: its beginning; [...] in it is filled in
     gap: config.NotNegative = 0             # tokens at [...]; 0: the rest of the prompt ends it
+    batch_size: config.NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """What is written."""
+    out: str = ""                           # folder; "": RUN/samples/ and a name by the settings
     n_video: config.NotNegative = 10        # samples in the video; 0: no video
     scale: config.NotNegative = 0           # pixels per token in pictures; 0: chosen by their size
+    png: bool = False                       # each sample also as a file: png/00000000.png, ...
     # TorchScript file (code that is run), tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
     decoder: str = ""
 
 
 @dataclass(frozen=True)
-class Flags(config.SamplerFlags, config.VideoFlags, SampleOptions):
+class Flags(config.SamplerFlags, config.VideoFlags, FileOptions, SampleOptions):
     """Sample a run: pictures, tokens and a video of the planner's probability map."""
 
     GROUPS: typing.ClassVar = {
-        "sample": SampleOptions, "videos": config.VideoFlags, **config.SamplerFlags.GROUPS,
+        "sample": SampleOptions, "files": FileOptions, "videos": config.VideoFlags,
+        **config.SamplerFlags.GROUPS,
     }
 
 
 if __name__ == "__main__":
     flags = config.load(Flags)
 
-import itertools
-import json
+import functools
+import hashlib
 import os
-import time
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from PIL import Image
 
 import data
 import methods
-from support import pictures, runtime, videos
+from support import pictures, runtime, sampling, videos
 from support.checkpoint import Run, load_run
-from support.text import is_text, load_text, place_prompt
+from support.starts import Start, starting_point
+from support.text import is_text, load_text
 from support.validate import find_decoder
 
 N_STEPS = 64
 N_STEPS_PER_FRAME = 4       # of a video
-N_SAMPLES = 8               # where no labels say how many
-
-# Where sampling starts
-
-
-class Start(NamedTuple):
-    """What is known before sampling."""
-    labels: list[int]
-    grid: list[int]  # of the samples; a rollout may have more frames than the data
-    known_tokens: Tensor | None = None      # (n, N)
-    known: Tensor | None = None             # (n, N) bool, where known_tokens stay
-    real: np.ndarray | None = None  # (n, *grid) held-out sequences that the samples go on from
-
-
-def in_turn(labels: list[int], n: int) -> list[int]:
-    """n labels, those given again and again; n = 0: each once."""
-    return [labels[i % len(labels)] for i in range(n or len(labels))]
-
-
-def label_of(word: str, meta: dict[str, Any]) -> int:
-    """A class by its number or its name."""
-    try:
-        return int(word)
-    except ValueError:
-        pass
-    names = meta["class_names"]
-    if word not in names:
-        near = config.nearest(word, names) or "it has none"
-        raise SystemExit(f"--labels {word} names no class of {meta['name']}; {near}")
-    return names.index(word)
-
-
-def load_known_tokens(
-    path: str, meta: dict[str, Any], labels: list[int], n_samples: int = 0,
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Tokens to keep: one sequence for each sample, or one for all.  -> tokens, mask (n, N),
-    labels"""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            tokens = file["tokens"]
-            mask = file["mask"]
-            own_labels = np.atleast_1d(file["labels"] if "labels" in file else []).astype(np.int64)
-    except Exception as error:                          # np.load raises a dozen kinds
-        reason = runtime.first_line(error)
-        raise SystemExit(f"{path} cannot be read as tokens and mask: {reason}") from None
-    grid = tuple(meta["grid"])
-    if tokens.shape[-len(grid):] != grid or tokens.ndim > len(grid) + 1 or mask.dtype != bool:
-        raise SystemExit(
-            f"{path} holds tokens {tokens.shape} and a {mask.dtype} mask {mask.shape}, "
-            "not tokens of grid "
-            f"{grid} and a bool mask"
-        )
-    if not tokens.size or not mask.size or tokens.dtype.kind not in "iu":
-        raise SystemExit(f"{path} holds {tokens.shape} tokens of {tokens.dtype}, not whole numbers")
-    n = len(tokens) if tokens.ndim > len(grid) else 1
-    if (len(own_labels) and len(own_labels) != n) or mask.shape not in (grid, (n, *grid)):
-        raise SystemExit(
-            f"{path}: {n} sequences of grid {grid} do not fit {len(own_labels)} labels and a mask "
-            f"{mask.shape}"
-        )
-    labels = in_turn(labels or own_labels.tolist() or [meta["n_classes"]] * n, n_samples)
-    try:
-        tokens, mask = (
-            np.broadcast_to(y, (len(labels), *grid)) for y in (tokens.astype(np.int64), mask)
-        )
-    except ValueError:
-        raise SystemExit(
-            f"{path}: tokens {tokens.shape} and mask {mask.shape} do not fit {len(labels)} "
-            f"samples of grid {grid}"
-        ) from None
-    kept = tokens[mask]
-    if kept.size and not 0 <= kept.min() <= kept.max() < meta["vocab"]:
-        raise SystemExit(f"{path}: tokens that are kept must lie in [0, {meta['vocab']}), "
-                         f"not {kept.min()} to {kept.max()}")
-    tokens, mask = (torch.from_numpy(np.array(y).reshape(len(labels), -1)) for y in (tokens, mask))
-    return tokens, mask, labels
-
-
-def real_frames(real: np.ndarray, frames: int, meta: dict[str, Any]) -> np.ndarray:
-    """Held-out videos (n, F, h, w), cut or continued to `frames`; zeros stand where there is no one
-    truth."""
-    n_missing = frames - real.shape[1]
-    if n_missing <= 0:
-        return real[:, :frames]
-    if meta.get("is_certain", False):
-        return data.import_source(meta["score"]).truth(real, frames)
-    return np.pad(real, [(0, 0), (0, n_missing), (0, 0), (0, 0)])
-
-
-def start_from_data(flags: Flags, spec: methods.Spec, labels: list[int]) -> Start:
-    """Held-out sequences to go on from: the first frames of videos, and the tokens that the data
-    gives."""
-    config_ = spec.config
-    _, splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])
-    n = len(labels) or N_SAMPLES
-    x0, own_labels = splits["val"].spread_subset(n)
-    real = x0.reshape(n, *spec.grid)
-    if flags.frames:
-        real = real_frames(real, flags.frames, spec.meta)
-    known_tokens = torch.from_numpy(real.reshape(n, -1))
-    known = data.context_mask(spec.meta, known_tokens, flags.n_given)
-    if known is None:
-        known = torch.zeros_like(known_tokens, dtype=torch.bool)
-    grid = list(real.shape[1:])
-    has_truth = grid[0] <= spec.grid[0] or spec.meta.get("is_certain", False)
-    return Start(
-        labels or own_labels.tolist(), grid, known_tokens, known, real if has_truth else None
-    )
-
-
-def tokens_of_prompt(flags: Flags, run: Run, n: int) -> tuple[Tensor, Tensor]:
-    """The prompt in n sequences.  -> tokens, mask (n, N)"""
-    n_tokens = run.spec.shape.n_tokens
-    tokens = torch.zeros(n, n_tokens, dtype=torch.long)
-    mask = torch.zeros(n, n_tokens, dtype=torch.bool)
-    with runtime.one_line_errors(ValueError):
-        text = load_text(run.folder, run.spec.meta)
-        placed = place_prompt(flags.prompt, flags.gap, n_tokens, text)
-    for start, ids in placed.items():
-        end = start + len(ids)
-        tokens[:, start:end] = torch.tensor(ids, dtype=torch.long)
-        mask[:, start:end] = True
-    return tokens, mask
-
-
-def starting_point(flags: Flags, run: Run) -> Start:
-    """Labels, and what is known by the flags and the data."""
-    spec = run.spec
-    n_classes = spec.n_classes
-    labels = [label_of(word, spec.meta) for word in flags.labels]
-    known_tokens = known = None
-    if flags.known:
-        known_tokens, known, labels = load_known_tokens(flags.known, spec.meta, labels, flags.n)
-    for label in labels:
-        if not 0 <= label <= n_classes:
-            raise SystemExit(
-                f"--labels {label}: {flags.run} knows 0 to {n_classes - 1}, "
-                f"and {n_classes} for no label"
-            )
-    if labels:
-        labels = in_turn(labels, flags.n)
-    else:
-        n = n_classes if 0 < n_classes <= 10 else N_SAMPLES
-        labels = in_turn(list(range(max(1, n_classes))), flags.n or n)
-    if flags.prompt:
-        known_tokens, known = tokens_of_prompt(flags, run, len(labels))
-        return Start(labels, list(spec.grid), known_tokens, known)
-    if not flags.known and (spec.is_video or spec.meta["given"]):
-        return start_from_data(flags, spec, labels)
-    return Start(labels, list(spec.grid), known_tokens, known)
-
+N_PICTURED = 100            # samples in samples.png, at most
+N_PRINTED = 20              # texts on the terminal, at most
+PNG_CHUNK = 100             # pictures that are decoded at a time
 
 # Stages: the sampler, and self-correction after it
 
 
 class Stage(NamedTuple):
     sampler: str
-    n_steps: int
-    options: dict[str, Any]
+    options: dict[str, Any]     # of methods.sample, n_steps first
 
     @property
     def file_stem(self) -> str:
@@ -229,10 +89,10 @@ class Stage(NamedTuple):
 
     def title(self, is_video: bool) -> list[str]:
         """Of its pictures: the sampler, its steps, and the options that were given."""
-        is_by_frames = is_video and self.sampler == "rollout"
-        steps = f"{self.n_steps} steps a frame" if is_by_frames else f"{self.n_steps} steps"
-        options = [f"{name.replace('_', ' ')} {value}" for name, value in self.options.items()]
-        return [self.sampler, steps, *options]
+        per_frame = " a frame" if is_video and self.sampler == "rollout" else ""
+        options = dict(self.options)
+        words = [self.sampler, f"{options.pop('n_steps')} steps{per_frame}"]
+        return words + [f"{name.replace('_', ' ')} {value}" for name, value in options.items()]
 
 
 def plan_stages(flags: Flags, spec: methods.Spec) -> list[Stage]:
@@ -257,137 +117,118 @@ def plan_stages(flags: Flags, spec: methods.Spec) -> list[Stage]:
         own = {option: value for option, value in options.items() if option in known_options[name]}
         if name == "self_correct":
             own.pop("temperature", None)                # it has one of its own
-        stages.append(Stage(name, flags.correct if name == "self_correct" else flags.n_steps, own))
+        elif flags.frames:
+            own["frames"] = flags.frames
+        n_steps = flags.correct if name == "self_correct" else flags.n_steps
+        stages.append(Stage(name, {"n_steps": n_steps} | own))
     return stages
 
 
-class Drawn(NamedTuple):
-    tokens: np.ndarray                      # (n, *grid)
-    nfe: Tensor                             # (n,) network calls of all stages
-    moments: dict[str, list[videos.Moment]]     # stem of a video -> what it shows
-
-
-def draw(flags: Flags, run: Run, start: Start, stages: list[Stage]) -> Drawn:
-    """Run the stages one after the other."""
-    rng = runtime.generator("sample", flags.seed, device=run.device)
-    label = torch.tensor(start.labels, device=run.device)
-    known, known_tokens = (
-        None if y is None else y.to(run.device) for y in (start.known, start.known_tokens)
-    )
-    n_shown = min(flags.n_video, len(start.labels))
-    nfe = 0
-    moments = {}
-    for stage in stages:
-        before = known_tokens
-        with (
-            runtime.one_line_errors(ValueError),
-            runtime.autocast(run.device, run.spec.config["dtype"]),
-        ):
-            x = methods.starting_tokens(
-                run.spec, label, rng, stage.sampler, known, known_tokens, flags.frames
-            )
-            states = methods.sample(
-                run.spec, run.nets, label, sampler=stage.sampler, n_steps=stage.n_steps,
-                generator=rng, known=known, frames=flags.frames, x=x, **stage.options,
-            )
-            recording = videos.Recording(x, start.grid, n_shown)
-            first = next(states)  # a refusal comes before the bar
-            total = (
-                None
-                if stage.sampler == "rollout"
-                else stage.n_steps + stage.options.get("refine", 0)
-            )
-            for state in tqdm(itertools.chain([first], states), total=total, unit="step"):
-                if n_shown:
-                    recording.add(state)
-            if n_shown:
-                after = methods.p_noise_after(
-                    run.spec, run.nets, state, label, sampler=stage.sampler, known=known,
-                    **stage.options,
-                )
-                moments[stage.file_stem] = recording.finish(after)
-        nfe = nfe + state.nfe
-        if stage.sampler == "self_correct":
-            print(
-                f"self-correction changed {(state.x != before).sum()} of {state.x.numel()} tokens"
-            )
-        known_tokens = state.x
-    return Drawn(state.x.view(-1, *start.grid).cpu().numpy(), nfe, moments)
+def words_of(flags: Flags) -> list[str]:
+    """What names a folder besides the sampler and its options."""
+    words = []
+    if flags.labels:
+        words.append("labels" + ".".join(flags.labels))
+    if flags.known:
+        words.append("known-" + Path(flags.known).stem)
+    if flags.prompt:
+        words.append("prompt" + hashlib.sha256(flags.prompt.encode()).hexdigest()[:6])
+    if flags.gap:
+        words.append(f"gap{flags.gap}")
+    if flags.context_frames is not None:
+        words.append(f"context{flags.context_frames}")
+    return words
 
 
 # Files
 
 
-def write_videos(
-    flags: Flags, run: Run, start: Start, stages: list[Stage], drawn: Drawn, decoder,
-    wrong: np.ndarray | None,
+def write_video(
+    folder: Path, run: Run, start: Start, stage: Stage, moments: list[videos.Moment], decoder,
+    wrong: np.ndarray | None, scale: int,
 ) -> list[str]:
-    """A video of each stage.  -> names of the files"""
+    """The video of a stage.  -> names of its files"""
     spec = run.spec
-    names = []
-    for stage in stages:
-        moments = drawn.moments.get(stage.file_stem)
-        if not moments:
-            continue
-        n = len(moments[0].x)
-        labels = start.labels[:n]
-        title = stage.title(spec.is_video)
-        real = None if start.real is None else start.real[:n]
-        known = None                                    # ids that are given show themselves
-        if start.known is not None and not spec.meta["given"]:
-            known = start.known[:n].unflatten(1, start.grid).numpy()
-        if spec.is_video and spec.method.has_own_levels:
-            lag = 0 if stage.sampler == "ancestral" else stage.options.get("lag", -1)
-            levels = methods.rollout_levels(spec, start.known, stage.n_steps, flags.frames, lag)
-            frames = videos.rollout_frames(
-                moments, levels.numpy(), real, known, spec.meta, title, flags.scale
-            )
-        else:
-            errors = None if wrong is None else wrong[:n]
-            frames = videos.planner_frames(
-                moments, labels, spec.meta, title, decoder, known, real, errors, flags.scale
-            )
-        videos.write_video(run.folder / stage.file_stem, frames)
-        names += [f"{stage.file_stem}.mp4", f"{stage.file_stem}.gif"]
-    return names
+    n = len(moments[0].x)
+    title = stage.title(spec.is_video)
+    real = None if start.real is None else start.real[:n]
+    known = None                                        # ids that are given show themselves
+    if start.known is not None and not spec.meta["given"]:
+        known = start.known[:n].unflatten(1, start.grid).numpy()
+    if spec.is_video and spec.method.has_own_levels:
+        lag = 0 if stage.sampler == "ancestral" else stage.options.get("lag", -1)
+        n_steps, n_frames = stage.options["n_steps"], stage.options.get("frames", 0)
+        levels = methods.rollout_levels(spec, start.known, n_steps, n_frames, lag)
+        frames = videos.rollout_frames(
+            moments, levels.numpy(), real, known, spec.meta, title, scale
+        )
+    else:
+        errors = None if wrong is None else wrong[:n]
+        frames = videos.planner_frames(
+            moments, start.labels[:n], spec.meta, title, decoder, known, real, errors, scale
+        )
+    videos.write_video(folder / stage.file_stem, frames)
+    return [f"{stage.file_stem}.mp4", f"{stage.file_stem}.gif"]
 
 
 def write_files(
-    flags: Flags, run: Run, start: Start, stages: list[Stage], drawn: Drawn, decoder,
+    flags: Flags, run: Run, start: Start, stage: Stage, folder: Path,
+    moments: list[videos.Moment], decoder,
 ) -> None:
-    """samples.npz, samples.png and the videos; prints how right the samples are where the data
-    knows."""
+    """samples.png and the video; prints how right the samples are where the data knows."""
     spec = run.spec
-    folder = run.folder
-    settings = {
-        **asdict(flags),
-        "it": run.it,
-        "nfe": drawn.nfe.tolist(),
-        "commit": runtime.commit(),
-    }
-    source = (
-        data.import_source(spec.meta["score"])
-        if start.known is not None and spec.meta.get("score")
-        else None
-    )
-    wrong = source.wrong(drawn.tokens, start.real) if source and start.real is not None else None
+    n = len(start.labels)
+    has_score = start.known is not None and bool(spec.meta.get("score"))
+    n_read = n if has_score else min(n, N_PICTURED)
+    tokens = sampling.load_tokens(folder, n_read).reshape(-1, *start.grid)
+    source = data.import_source(spec.meta["score"]) if has_score else None
+    wrong = source.wrong(tokens, start.real) if source and start.real is not None else None
     with runtime.one_line_errors(OSError):
-        np.savez(folder / "samples.npz", tokens=drawn.tokens, labels=np.array(start.labels),
-                 settings=json.dumps(settings))
-        title = [words for stage in stages for words in stage.title(spec.is_video)]
         pictures.samples_png(
-            folder / "samples.png", drawn.tokens, start.labels, spec.meta, title, decoder, wrong,
+            folder / "samples.png", tokens[:N_PICTURED], start.labels[:N_PICTURED], spec.meta,
+            stage.title(spec.is_video), decoder, None if wrong is None else wrong[:N_PICTURED],
             flags.scale,
         )
-        videos = write_videos(flags, run, start, stages, drawn, decoder, wrong)
+        names = ["samples.png", "samples.npz"]
+        if moments:
+            names += write_video(
+                folder, run, start, stage, moments, decoder, wrong, flags.scale
+            )
     if source:
-        scores = source.score(drawn.tokens, start.real)
+        scores = source.score(tokens, start.real)
         print(", ".join(f"{name} {value.mean():.1%}" for name, value in scores.items()))
     if is_text(spec.meta):
         text = load_text(run.folder, spec.meta)
-        for sequence in drawn.tokens.reshape(len(drawn.tokens), -1):
+        for sequence in tokens.reshape(len(tokens), -1)[:N_PRINTED]:
             print("---\n" + text.to_str(sequence))
-    print(f"wrote {', '.join(['samples.png', 'samples.npz', *videos])} in {folder}")
+    print(f"wrote {', '.join(names)} in {folder}" + ", and png/" * flags.png)
+
+
+def write_pngs(
+    folder: Path, grid: list[int], meta: dict[str, Any], decoder, scale: int, first: int,
+    tokens: np.ndarray,
+) -> None:
+    """png/INDEX.png for each of the samples (n, N), the first of which has the index `first`."""
+    (folder / "png").mkdir(exist_ok=True)
+    for i in range(0, len(tokens), PNG_CHUNK):
+        chunk = tokens[i:i + PNG_CHUNK].reshape(-1, *grid)
+        if decoder:
+            tiles = pictures.decoded_pictures(chunk, meta, decoder)
+        else:
+            tiles = pictures.pictures(chunk, meta, None, scale)
+        for j, tile in enumerate(tiles):
+            Image.fromarray(tile).save(folder / "png" / f"{first + i + j:08}.png")
+
+
+def write_missing_pngs(folder: Path, n: int, write: typing.Callable) -> None:
+    """Those of samples that were drawn without --png."""
+    missing = [i for i in range(n) if not (folder / "png" / f"{i:08}.png").exists()]
+    if missing:
+        first, last = missing[0], missing[-1]
+        write(first, sampling.load_tokens(folder, last + 1)[first:])
+
+
+# The command
 
 
 def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
@@ -422,27 +263,80 @@ def check_scale(flags: Flags, spec: methods.Spec, start: Start, decoder) -> None
     pictures.pictures(blank, spec.meta, decoder, flags.scale, n_tiles)
 
 
+def folders_of(flags: Flags, run: Run, stages: list[Stage], start: Start) -> list[Path]:
+    """Where the samples of each stage go; those of the last one to --out, if that is given."""
+    folders = []
+    words = words_of(flags)
+    for stage in stages:
+        request = request_of(flags, stage, start)
+        folders.append(run.folder / "samples" / sampling.folder_name(request, *words))
+        words = [*words, "after", stage.sampler, str(stage.options["n_steps"])]
+    if flags.out:
+        folders[-1] = Path(flags.out)
+    if not flags.out and not os.access(run.folder, os.W_OK):
+        raise SystemExit(f"{run.folder} is not writable: name a folder for the samples with --out")
+    return folders
+
+
+def request_of(flags: Flags, stage: Stage, start: Start) -> sampling.Request:
+    known_tokens, known = (
+        None if y is None else y.numpy() for y in (start.known_tokens, start.known)
+    )
+    return sampling.Request(
+        stage.sampler, stage.options, flags.seed, np.array(start.labels), known_tokens, known
+    )
+
+
+def run_stage(
+    flags: Flags, run: Run, start: Start, stage: Stage, folder: Path, world: runtime.World,
+    decoder,
+) -> sampling.Costs:
+    """Draw what the folder lacks; rank 0 writes the pictures."""
+    request = request_of(flags, stage, start)
+    write = functools.partial(
+        write_pngs, folder, start.grid, run.spec.meta, decoder, flags.scale
+    )
+    moments = sampling.draw_all(
+        run, request, folder, world, flags.batch_size, min(flags.n_video, request.n),
+        on_batch=write if flags.png else None,
+    )
+    with runtime.main_alone(world) as is_main:
+        if is_main:
+            write_files(flags, run, start, stage, folder, moments, decoder)
+            if flags.png:
+                write_missing_pngs(folder, request.n, write)
+    return sampling.load_costs(folder, request.n)
+
+
 def main(flags: Flags) -> None:
-    device = runtime.pick_device()
-    run = load_run(flags.run, device)
-    if not os.access(run.folder, os.W_OK):
-        raise SystemExit(f"{run.folder} is not writable: samples belong there")
-    runtime.freeze(run.nets, device, run.spec.config["dtype"])
+    world = runtime.start()
+    run = load_run(flags.run, world.device)
+    runtime.freeze(run.nets, world.device, run.spec.config["dtype"])
     flags = check_flags(flags, run.spec)
-    decoder = find_decoder(flags.decoder, run.folder, run.spec.meta, device)
+    decoder = find_decoder(flags.decoder, run.folder, run.spec.meta, world.device)
     start = starting_point(flags, run)
     stages = plan_stages(flags, run.spec)
     check_scale(flags, run.spec, start, decoder)
-    began = time.perf_counter()
-    drawn = draw(flags, run, start, stages)
-    seconds = time.perf_counter() - began
-    print(
-        f"{len(start.labels)} samples, {drawn.nfe.float().mean():.1f} NFE each, "
-        f"{seconds:.1f} s on {device}"
-    )
-    write_files(flags, run, start, stages, drawn, decoder)
+    n = len(start.labels)
+    nfe = np.zeros(n)
+    for stage, folder in zip(stages, folders_of(flags, run, stages, start), strict=True):
+        costs = run_stage(flags, run, start, stage, folder, world, decoder)
+        nfe += costs.nfe
+        if world.is_main:
+            print(
+                f"{n} samples, {nfe.mean():.1f} NFE each, {costs.seconds:.3f} s each on "
+                f"{world.device}"
+            )
+        if len(stages) > 1:
+            tokens = torch.from_numpy(sampling.load_tokens(folder, n))
+            if stage.sampler == "self_correct" and world.is_main:
+                n_changed = (tokens != start.known_tokens).sum()
+                print(f"self-correction changed {n_changed} of {tokens.numel()} tokens")
+            start = start._replace(known_tokens=tokens)
+    runtime.end()
 
 
 if __name__ == "__main__":
     with runtime.one_voice():
         main(flags)
+    runtime.leave_without_shutdown()

@@ -7,6 +7,7 @@ settings), and until that is complete the batches that are finished, in parts/.
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,9 +24,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import methods
-from diffusion.decoding import State
 from diffusion.randomness import Streams
-from support import runtime
+from support import runtime, videos
 from support.checkpoint import Run, digest, sync_to_disk
 
 BATCH = 250                 # sequences at a time, where their logits are not too many
@@ -51,8 +51,14 @@ class Request(NamedTuple):
         return len(self.labels)
 
 
-class Samples(NamedTuple):
-    tokens: np.ndarray          # (n, N) int64
+class Batch(NamedTuple):
+    tokens: np.ndarray          # (b, N) int64
+    nfe: np.ndarray             # (b,) network calls
+    seconds: float              # for each sample
+    moments: list[videos.Moment]
+
+
+class Costs(NamedTuple):
     nfe: np.ndarray             # (n,) network calls
     seconds: float              # for each sample, on one process
 
@@ -71,31 +77,56 @@ def batch_limit(spec: methods.Spec, sampler: str, n_steps: int) -> int:
     return max(1, MAX_LOGITS // (n_tokens * spec.vocab))
 
 
+def grid_of(spec: methods.Spec, request: Request) -> list[int]:
+    """The samples' grid: a rollout may have more frames than the data."""
+    frames = request.options.get("frames", 0)
+    return [frames, *spec.grid[1:]] if frames else list(spec.grid)
+
+
 def draw_batch(
-    run: Run, request: Request, rows: range, on_state: Callable[[State], None] | None = None,
-) -> Samples:
-    """The samples of some indices.  on_state is called with each step's State"""
+    run: Run, request: Request, rows: range, n_recorded: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Batch:
+    """The samples of some indices, the first n_recorded of them step by step.
+
+    on_step is called after each step
+    """
     device = run.device
     index = torch.arange(rows.start, rows.stop, device=device)
-    part = slice(rows.start, rows.stop)
     label, known_tokens, known = (
-        None if y is None else torch.as_tensor(y[part]).to(device)
+        None if y is None else torch.as_tensor(y[rows.start:rows.stop]).to(device)
         for y in (request.labels, request.known_tokens, request.known)
     )
     stream = "correct" if request.sampler == "self_correct" else "sample"
+    streams = Streams(runtime.seed_of(stream, request.seed), index)
+    options = dict(request.options)
+    n_frames = options.pop("frames", 0)
+    moments = []
     began = time.perf_counter()
-    with runtime.autocast(device, run.spec.config["dtype"]):
+    with (
+        runtime.one_line_errors(ValueError),
+        runtime.autocast(device, run.spec.config["dtype"]),
+    ):
+        x = methods.starting_tokens(
+            run.spec, label, streams, request.sampler, known, known_tokens, n_frames
+        )
+        recording = videos.Recording(x, grid_of(run.spec, request), n_recorded)
         states = methods.sample(
-            run.spec, run.nets, label, sampler=request.sampler, known=known,
-            known_tokens=known_tokens,
-            generator=Streams(runtime.seed_of(stream, request.seed), index), **request.options,
+            run.spec, run.nets, label, sampler=request.sampler, generator=streams, known=known,
+            frames=n_frames, x=x, **options,
         )
         for state in states:
-            if on_state:
-                on_state(state)
-    tokens = state.x.cpu().numpy()
-    seconds = (time.perf_counter() - began) / len(rows)
-    return Samples(tokens, state.nfe.float().cpu().numpy(), seconds)
+            if n_recorded:
+                recording.add(state)
+            on_step()
+        seconds = (time.perf_counter() - began) / len(rows)
+        if n_recorded:
+            options.pop("n_steps")
+            p_noise = methods.p_noise_after(
+                run.spec, run.nets, state, label, sampler=request.sampler, known=known, **options
+            )
+            moments = recording.finish(p_noise)
+    return Batch(state.x.cpu().numpy(), state.nfe.float().cpu().numpy(), seconds, moments)
 
 
 # Folders
@@ -145,36 +176,63 @@ def code_digest() -> str:
 
 def draw_all(
     run: Run, request: Request, folder: Path, world: runtime.World, batch_size: int = 0,
-    on_state: Callable[[State], None] | None = None,
-    on_batch: Callable[[int, np.ndarray], None] | None = None,
-) -> None:
+    n_recorded: int = 0, on_batch: Callable[[int, np.ndarray], None] | None = None,
+) -> list[videos.Moment]:
     """Draw what a folder lacks of a request; all processes take part, and all return when it is
     complete.
 
-    on_state is called for the batch of index 0 alone, if it is drawn now; on_batch with the first
-    index and the tokens (b, N) of each batch that this process draws
+    on_batch is called with the first index and the tokens (b, N) of each batch that this process
+    draws  ->  the first n_recorded samples step by step, on rank 0
     """
     limit = batch_limit(run.spec, request.sampler, request.options["n_steps"])
     size = min(batch_size or BATCH, limit)
     todo = None
-    with runtime.main_alone(world) as is_main:
+    moments = []
+    with runtime.main_alone(world) as is_main, runtime.one_line_errors(OSError):
         if is_main:
             todo = prepare(folder, request, identity(run, request), size)
     todo = from_main(todo, world)
-    if todo is None:
-        return
-    with tqdm(total=request.n, unit="sample", disable=not world.is_main) as bar:
-        for rows in todo[world.rank::world.size]:
-            batch = draw_batch(run, request, rows, on_state if rows.start == 0 else None)
-            if on_batch:
-                on_batch(rows.start, batch.tokens)
-            write_part(folder, rows, request, batch, run.spec)
-            show_progress(bar, folder)
-        with runtime.main_alone(world) as is_main:
-            if is_main:
-                wait_for_parts(folder, todo, bar)
-                settings = {"sampler": request.sampler, "seed": request.seed, **request.options}
-                merge(folder, settings | {"it": run.it, "commit": runtime.commit()})
+    if todo is not None:
+        with progress_bar(request, world) as bar, runtime.one_line_errors(OSError):
+            for rows in todo[world.rank::world.size]:
+                on_step = step_of(bar, folder, len(rows) * world.size, request)
+                n_now = min(n_recorded, len(rows)) if rows.start == 0 else 0
+                batch = draw_batch(run, request, rows, n_now, on_step)
+                moments = moments or batch.moments
+                if on_batch:
+                    on_batch(rows.start, batch.tokens)
+                write_part(folder, rows, request, batch, run.spec)
+            with runtime.main_alone(world) as is_main:
+                if is_main:
+                    wait_for_parts(folder, todo, bar)
+                    settings = {"sampler": request.sampler, "seed": request.seed}
+                    settings |= request.options | {"it": run.it, "commit": runtime.commit()}
+                    merge(folder, settings)
+    is_recorded = moments and len(moments[0].x) == n_recorded
+    if world.is_main and n_recorded and not is_recorded:    # drawn before, or in small batches
+        moments = draw_batch(run, request, range(n_recorded), n_recorded).moments
+    return moments
+
+
+def progress_bar(request: Request, world: runtime.World) -> tqdm:
+    """Of samples, of all processes; shown by rank 0."""
+    return tqdm(
+        total=request.n, disable=not world.is_main,
+        bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} samples [{elapsed}<{remaining}]",
+    )
+
+
+def step_of(bar: tqdm, folder: Path, n: int, request: Request) -> Callable[[], None]:
+    """What moves the bar after each step of n samples that are drawn at a time."""
+    n_finished = n_in_parts(folder)
+    n_steps = request.options["n_steps"]
+    steps = itertools.count(1)
+
+    def on_step() -> None:
+        share = min(1, next(steps) / n_steps)
+        bar.update(min(n_finished + share * n, request.n) - bar.n)
+
+    return on_step
 
 
 def from_main(value: Any, world: runtime.World) -> Any:
@@ -209,7 +267,7 @@ def prepare(folder: Path, request: Request, key: str, size: int) -> list[range] 
         os.replace(complete, parts / part_name(range(n_old)))
     done = finished_parts(folder)
     if done:
-        print(f"{folder} holds {sum(map(len, done))} samples: the others are drawn now")
+        print(f"{folder} holds {n_in_parts(folder)} samples: the others are drawn now")
     return [batch for gap in gaps(done, request.n) for batch in in_batches(gap, size)]
 
 
@@ -237,11 +295,9 @@ def finished_parts(folder: Path) -> list[range]:
 
 
 def write_part(
-    folder: Path, rows: range, request: Request, batch: Samples, spec: methods.Spec,
+    folder: Path, rows: range, request: Request, batch: Batch, spec: methods.Spec,
 ) -> None:
-    grid = list(spec.grid)
-    if spec.is_video and request.options.get("frames"):
-        grid[0] = request.options["frames"]
+    grid = grid_of(spec, request)
     dtype = np.uint16 if spec.vocab < 2**16 else np.uint32      # the mask's id, V, fits too
     path = folder / "parts" / part_name(rows)
     new = path.with_suffix(".tmp")
@@ -257,9 +313,8 @@ def write_part(
     os.replace(new, path)
 
 
-def show_progress(bar: tqdm, folder: Path) -> None:
-    if not bar.disable:
-        bar.update(sum(map(len, finished_parts(folder))) - bar.n)
+def n_in_parts(folder: Path) -> int:
+    return sum(map(len, finished_parts(folder)))
 
 
 def wait_for_parts(folder: Path, todo: list[range], bar: tqdm) -> None:
@@ -267,7 +322,7 @@ def wait_for_parts(folder: Path, todo: list[range], bar: tqdm) -> None:
     missing = {part_name(rows) for rows in todo}
     while missing:
         missing -= {path.name for path in (folder / "parts").glob("*.npz")}
-        show_progress(bar, folder)
+        bar.update(n_in_parts(folder) - bar.n)
         if missing:
             time.sleep(POLL_S)
 
@@ -312,16 +367,18 @@ def n_samples(path: Path) -> int:
         return len(file["labels"])
 
 
-def load_samples(folder: Path, n: int) -> Samples:
-    """The first n samples of a complete folder; no more of its tokens are read."""
+def load_costs(folder: Path, n: int) -> Costs:
+    """Of the first n samples of a complete folder."""
+    with np.load(folder / "samples.npz") as file:
+        return Costs(file["nfe"][:n], float(file["seconds"][:n].mean()))
+
+
+def load_tokens(folder: Path, n: int) -> np.ndarray:
+    """Those of the first n samples of a complete folder; no more are read.  -> (n, N) int64"""
     path = folder / "samples.npz"
-    with np.load(path) as file:
-        nfe = file["nfe"][:n]
-        seconds = float(file["seconds"][:n].mean())
     with zipfile.ZipFile(path) as archive, archive.open("tokens.npy") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         row = math.prod(shape[1:])
         raw = file.read(n * row * dtype.itemsize)
-    tokens = np.frombuffer(raw, dtype).reshape(n, row).astype(np.int64)
-    return Samples(tokens, nfe, seconds)
+    return np.frombuffer(raw, dtype).reshape(n, row).astype(np.int64)

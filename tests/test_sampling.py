@@ -32,7 +32,7 @@ def drawn(run, asked, folder, **options):
         run, asked, Path(folder), ALONE, on_batch=lambda start, tokens: starts.append(start),
         **options,
     )
-    return sampling.load_samples(Path(folder), asked.n).tokens, starts
+    return sampling.load_tokens(Path(folder), asked.n), starts
 
 
 def test_samples_do_not_depend_on_batches_and_kills(run, tmp_path):
