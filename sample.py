@@ -187,7 +187,8 @@ class Stage(NamedTuple):
     def title(self, is_video: bool) -> list[str]:
         """Of its pictures: the sampler, its steps, and the options that were given."""
         is_by_frames = is_video and self.sampler == "rollout"
-        steps = f"{self.n_steps} steps a frame" if is_by_frames else f"{self.n_steps} steps"
+        steps = f"{self.n_steps} step{'s' * (self.n_steps != 1)}"
+        steps += " a frame" * is_by_frames
         options = [f"{name.replace('_', ' ')} {value}" for name, value in self.options.items()]
         return [self.sampler, steps, *options]
 
