@@ -18,7 +18,7 @@ class EvaluateOptions:
     nfe: tuple[int, ...] = ()               # network calls per sample, or per frame of a video
     n_samples: int = 500                    # samples per row, classes in turn
     seeds: tuple[int, ...] = (0,)           # of the sampling noise; one row each
-    batch_size: int = 250                   # samples drawn at a time
+    batch_size: config.NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
     correct: config.NotNegative = 0         # gidd: a second row after steps of self-correction
     flips: config.Share = 0.0               # share of known tokens that are redrawn as another id
     bits: bool = True                       # estimate bits per token, which takes a while
@@ -46,7 +46,7 @@ import functools
 import json
 import math
 import os
-import time
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ from tqdm import tqdm
 import data
 import methods
 from diffusion import forcing, samplers
-from support import comparison, diagnostics, logs, metrics, pictures, runtime
+from support import comparison, diagnostics, logs, metrics, pictures, runtime, sampling
 from support.checkpoint import load_run
 from support.text import is_text, load_text
 from support.validate import find_decoder
@@ -67,7 +67,6 @@ N_BITS_VIDEO = 512
 N_PLANNER = 1024            # sequences that a planner is judged on
 DECODED = 100               # pictures that a decoder makes at a time
 N_NEIGHBOURS = 10           # samples that are shown over their nearest training pictures
-MAX_LOGITS = 2**27          # at once: samplers hold about six numbers for each
 N_PILOT = 64                # sequences on which a sampler's calls are counted beforehand
 MAX_STEPS_PER_TOKEN = 16    # where more steps hardly make more calls
 FRAME_KEYS = (
@@ -102,11 +101,15 @@ class Judged:
         runtime.freeze(self.run.nets, device, config_["dtype"])
         self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]
         self.decoder = find_decoder(decoder, self.run.folder, self.spec.meta, device)
+
+    @functools.cached_property
+    def metrics(self):
+        """Made when they are first asked for, since that can train a judge."""
         to_pixels = self.decoded_pixels if self.decoder else None
         to_bytes = None
         if is_text(self.spec.meta):
             to_bytes = load_text(self.run.folder, self.spec.meta).to_bytes
-        self.metrics = metrics.metrics_for(self.spec.meta, self.splits, to_pixels, to_bytes)
+        return metrics.metrics_for(self.spec.meta, self.splits, to_pixels, to_bytes)
 
     def decoded(self, tokens: np.ndarray) -> np.ndarray:
         """Pictures of the run's decoder, a few at a time.  (n, N) -> (n, H, W, 3) uint8"""
@@ -120,17 +123,6 @@ class Judged:
     def decoded_pixels(self, tokens: np.ndarray) -> np.ndarray:
         """The same in [0, 1]."""
         return self.decoded(tokens).astype(np.float32) / 255
-
-    def batch_limit(self, sampler: str, n_steps: int) -> int:
-        """Sequences whose logits a sampler may hold at once: of all tokens, or of those that a
-        step writes, with room for four times their share."""
-        spec = self.spec
-        n_tokens = spec.shape.n_tokens
-        is_unmasking = spec.noise.only_masks and not spec.method.has_own_levels
-        asks_few = {"ddpd": "planner" in spec.method.networks, "ancestral": is_unmasking}
-        if asks_few.get(sampler):
-            n_tokens = min(n_tokens, 4 * math.ceil(n_tokens / n_steps))
-        return max(1, MAX_LOGITS // (n_tokens * spec.vocab))
 
     def bits(self) -> Bits:
         """Bits per token of held-out data and its standard error, by each bound of the method, the
@@ -188,35 +180,6 @@ class Judged:
                 )
             videos = self.metrics.source.truth(videos, n_frames)
         return videos[:, :n_frames].reshape(len(videos), -1)
-
-    def draw(
-        self, sampler: str, options: dict[str, Any], labels: np.ndarray, seed: int, batch_size: int,
-        known_tokens: np.ndarray | None = None, known: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, float, float]:
-        """Samples, as many as labels.  -> tokens (n, N), mean NFE, seconds per sample"""
-        device = self.run.device
-        rng = runtime.generator("sample", seed, device=device)
-        options = dict(options)
-        tokens = []
-        nfe = []
-        began = time.perf_counter()
-        limit = self.batch_limit(sampler, options["n_steps"])
-        batches = torch.arange(len(labels)).split(min(batch_size, limit))
-        for i in tqdm(batches, unit="batch", leave=False):
-            label = torch.as_tensor(labels)[i].to(device)
-            if known_tokens is not None:
-                options["known_tokens"] = torch.from_numpy(known_tokens)[i].to(device)
-            if known is not None:
-                options["known"] = torch.from_numpy(known)[i].to(device)
-            with runtime.autocast(device, self.spec.config["dtype"]):
-                states = methods.sample(
-                    self.spec, self.run.nets, label, sampler=sampler, generator=rng, **options
-                )
-                final = samplers.last(states)
-            tokens.append(final.x.cpu().numpy())
-            nfe.append(final.nfe.float().cpu())
-        seconds = (time.perf_counter() - began) / len(labels)
-        return np.concatenate(tokens), torch.cat(nfe).mean().item(), seconds
 
 
 class HeldOut(NamedTuple):
@@ -370,26 +333,61 @@ def add_bits(path: Path, settings: str, bits: Bits) -> None:
     logs.write_rows(path, rows)
 
 
+class Drawn(NamedTuple):
+    """The samples of a stage."""
+    stage: Stage
+    tokens: np.ndarray          # (n, N)
+    nfe: float                  # network calls of each sample, of all stages so far
+    seconds: float              # for each sample, likewise
+
+
 def evaluate(
     judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
 ) -> list[dict[str, Any]]:
     """One row of the table, and one more where samples are corrected afterwards."""
-    spec, run = judged.spec, judged.run
-    labels, real, tokens, known = judged.held_out(flags)
-    n = len(labels)
-    stages = plan_stages(row, judged, nfe, flags)
-    rows = []
+    alone = runtime.World(0, 1, judged.run.device)
+    drawn = draw_stages(judged, row, nfe, seed, flags, alone)
+    return judge(judged, row, nfe, seed, flags, bits, drawn)
+
+
+def draw_stages(
+    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, world: runtime.World,
+) -> list[Drawn]:
+    """The samples of a row, by all processes; those of the same settings in RUN/samples stay."""
+    run = judged.run
+    labels, _, tokens, known = judged.held_out(flags)
+    words = [f"flips{flags.flips:g}"] if flags.flips else []
     total_nfe = total_s = 0.0
-    for stage in stages:
-        tokens, stage_nfe, stage_s = judged.draw(
-            stage.sampler, stage.options, labels, seed, flags.batch_size, tokens, known
-        )
-        total_nfe += stage_nfe
-        total_s += stage_s
+    drawn = []
+    for stage in plan_stages(row, judged, nfe, flags):
+        request = sampling.Request(stage.sampler, stage.options, seed, labels, tokens, known)
+        folder = run.folder / "samples" / sampling.folder_name(request, *words)
+        if flags.again and world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        sampling.draw_all(run, request, folder, world, flags.batch_size)
+        tokens = sampling.load_tokens(folder, request.n)
+        costs = sampling.load_costs(folder, request.n)
+        total_nfe += costs.nfe.mean()
+        total_s += costs.seconds
+        drawn.append(Drawn(stage, tokens, total_nfe, total_s))
+        words += ["after", stage.sampler, str(stage.options["n_steps"])]
+    return drawn
+
+
+def judge(
+    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
+    drawn: list[Drawn],
+) -> list[dict[str, Any]]:
+    """A row of the table for each stage."""
+    spec, run = judged.spec, judged.run
+    labels, real, _, _ = judged.held_out(flags)
+    rows = []
+    for stage, tokens, total_nfe, total_s in drawn:
         out = dict(
             run=str(run.folder), it=run.it, train_seed=spec.config["seed"], sampler=stage.name,
-            steps=stages[0].options["n_steps"], nfe=round(total_nfe, 2),
-            guidance=flags.guidance or 1.0, s_per_sample=round(total_s, 4), n=n, seed=seed,
+            steps=drawn[0].stage.options["n_steps"], nfe=round(total_nfe, 2),
+            guidance=flags.guidance or 1.0, s_per_sample=round(total_s, 4), n=len(labels),
+            seed=seed,
         )
         if spec.is_video:
             out |= dict(
@@ -477,8 +475,8 @@ def check_flags(flags: Flags) -> None:
             raise SystemExit(f"--samplers {name} is not one of {', '.join(SAMPLERS)}")
     if not flags.runs or not flags.seeds:
         raise SystemExit("name at least one run and --seeds")
-    if min((flags.batch_size, *flags.nfe)) < 1 or flags.n_samples < 2:
-        raise SystemExit("--batch-size and --nfe must be at least 1, --n-samples at least 2")
+    if min(flags.nfe, default=1) < 1 or flags.n_samples < 2:
+        raise SystemExit("--nfe must be at least 1, --n-samples at least 2")
     if not all(0 <= seed < 2**32 for seed in flags.seeds):
         raise SystemExit("--seeds must lie in [0, 4294967295]")
     if flags.n_given < 0:
@@ -528,34 +526,50 @@ def refuse_idle_flags(spec: methods.Spec, flags: Flags) -> None:
             raise SystemExit(f"{flag} means nothing for a {spec.name} run on {spec.meta['name']}")
 
 
-def evaluate_run(judged: Judged, flags: Flags) -> None:
-    """All rows of one run, printed and written to its evaluate.csv."""
-    spec, folder = judged.spec, judged.run.folder
+def evaluate_run(judged: Judged, flags: Flags, world: runtime.World) -> None:
+    """All rows of one run, printed and written to its evaluate.csv by rank 0."""
+    spec = judged.spec
     names = list(flags.samplers) or list(spec.method.samplers)[:1]
     budgets = flags.nfe or ((8,) if spec.is_video else (64,))
     check_run(judged, names, budgets, flags)
+    bits = None
+    table = comparison.Table()
+    with runtime.main_alone(world) as is_main:
+        if is_main:
+            bits = describe_run(judged, flags, table)
+    for name in names:
+        if sampler_of(name) not in spec.method.samplers:
+            if world.is_main:
+                write_misfit(judged, name)
+            continue
+        for nfe in budgets:
+            for seed in flags.seeds:
+                add_rows(judged, name, nfe, seed, flags, bits, table, world)
+
+
+def describe_run(judged: Judged, flags: Flags, table: comparison.Table) -> Bits | None:
+    """Say what is known before anything is sampled.  -> bits per token, if they are asked for"""
+    spec, folder = judged.spec, judged.run.folder
     bits = judged.bits() if flags.bits else None
     print(f"{folder}, iteration {judged.run.it}: {describe_bits(bits)}")
     if flags.planner and "ddpd" in spec.method.samplers:
         x0, label = (torch.from_numpy(y) for y in judged.splits["val"].spread_subset(N_PLANNER))
-        diagnostics.report_planner(judged.run, x0, label, min(64, judged.batch_limit("", 1)))
-    table = comparison.Table()
+        limit = min(64, sampling.batch_limit(spec, "", 1))
+        diagnostics.report_planner(judged.run, x0, label, limit)
     held_out = held_out_scores(judged)
     if "features" in held_out:
         print(f"features for Frechet distance, precision and recall: {held_out['features']}")
     if held_out:
         table.print(dict(sampler="held-out data", n=judged.metrics.n_val, **held_out))
-    for name in names:
-        if sampler_of(name) not in spec.method.samplers:
-            row = dict(run=str(folder), sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a")
-            logs.append_rows(folder / "evaluate.csv", row)
-            print(f"  {name}: n/a for a {spec.name} run")
-            continue
-        for nfe in budgets:
-            for seed in flags.seeds:
-                rows, is_finished = rows_of(judged, name, nfe, seed, flags, bits)
-                for row in rows:
-                    table.print(row, "  from evaluate.csv" * is_finished)
+    return bits
+
+
+def write_misfit(judged: Judged, name: str) -> None:
+    """The row of a sampler that does not fit the run."""
+    folder = judged.run.folder
+    row = dict(run=str(folder), sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a")
+    logs.append_rows(folder / "evaluate.csv", row)
+    print(f"  {name}: n/a for a {judged.spec.name} run")
 
 
 def held_out_scores(judged: Judged) -> dict[str, Any]:
@@ -563,39 +577,64 @@ def held_out_scores(judged: Judged) -> dict[str, Any]:
     return judged.metrics.val[0] if judged.metrics.val else {}
 
 
-def rows_of(
+def add_rows(
     judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
-) -> tuple[list[dict[str, Any]], bool]:
-    """The row or two of a setting.  -> rows, were they finished before, in evaluate.csv?"""
+    table: comparison.Table, world: runtime.World,
+) -> None:
+    """The row or two of a setting: those of evaluate.csv where they are finished, or drawn now by
+    all processes and judged by rank 0."""
+    path = judged.run.folder / "evaluate.csv"
+    rows = None
+    if world.is_main:
+        rows = known_rows(judged, name, nfe, seed, flags, bits)
+    if rows := sampling.from_main(rows, world):
+        if world.is_main:
+            for row in rows:
+                table.print(row, "  from evaluate.csv")
+        return
+    with runtime.one_line_errors(ValueError):
+        drawn = draw_stages(judged, name, nfe, seed, flags, world)
+    with runtime.main_alone(world) as is_main:
+        if is_main:
+            rows = judge(judged, name, nfe, seed, flags, bits, drawn)
+            logs.append_rows(path, *rows)
+            for row in rows:
+                table.print(row, "")
+
+
+def known_rows(
+    judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
+) -> list[dict[str, Any]] | None:
+    """The finished rows of a setting, None if they are not there or not wanted."""
     path = judged.run.folder / "evaluate.csv"
     settings = settings_of(judged, name, nfe, seed, flags)
     n_stages = len(plan_stages(name, judged, nfe, flags))
     rows = finished_rows(path, settings)[-n_stages:]            # --again leaves the older ones
-    if len(rows) == n_stages and not flags.again:
-        if bits and not all("bits_per_token" in row for row in rows):
-            add_bits(path, settings, bits)
-        return rows, True
-    with runtime.one_line_errors(ValueError):
-        rows = evaluate(judged, name, nfe, seed, flags, bits)
-    logs.append_rows(path, *rows)
-    return rows, False
+    if len(rows) < n_stages or flags.again:
+        return None
+    if bits and not all("bits_per_token" in row for row in rows):
+        add_bits(path, settings, bits)
+    return rows
 
 
 def main(flags: Flags) -> None:
     check_flags(flags)
-    device = runtime.pick_device()
+    world = runtime.start()
     rows = []
     held_out = {}
     folders = []
     for name in flags.runs:
-        judged = Judged(name, device, flags.decoder)
+        judged = Judged(name, world.device, flags.decoder)
         folder = judged.run.folder
         folders.append(folder)
-        evaluate_run(judged, flags)
-        held_out[str(folder)] = held_out_scores(judged)
-        table = logs.read_numbers(folder / "evaluate.csv")
-        rows += [row | {"run": str(folder)} for row in table]
-    comparison.plot(rows, held_out, folders[0] / "evaluate.png")
+        evaluate_run(judged, flags, world)
+        if world.is_main:
+            held_out[str(folder)] = held_out_scores(judged)
+            table = logs.read_numbers(folder / "evaluate.csv")
+            rows += [row | {"run": str(folder)} for row in table]
+    if world.is_main:
+        comparison.plot(rows, held_out, folders[0] / "evaluate.png")
+    runtime.end()
 
 
 if __name__ == "__main__":
@@ -605,3 +644,4 @@ if __name__ == "__main__":
         except KeyboardInterrupt:
             line = "stopped: finished rows are kept, the same command continues"
             raise SystemExit(line) from None
+    runtime.leave_without_shutdown()

@@ -89,10 +89,12 @@ class Stage(NamedTuple):
 
     def title(self, is_video: bool) -> list[str]:
         """Of its pictures: the sampler, its steps, and the options that were given."""
-        per_frame = " a frame" if is_video and self.sampler == "rollout" else ""
         options = dict(self.options)
-        words = [self.sampler, f"{options.pop('n_steps')} steps{per_frame}"]
-        return words + [f"{name.replace('_', ' ')} {value}" for name, value in options.items()]
+        n_steps = options.pop("n_steps")
+        steps = f"{n_steps} step{'s' * (n_steps != 1)}"
+        steps += " a frame" * (is_video and self.sampler == "rollout")
+        words = [f"{name.replace('_', ' ')} {value}" for name, value in options.items()]
+        return [self.sampler, steps, *words]
 
 
 def plan_stages(flags: Flags, spec: methods.Spec) -> list[Stage]:

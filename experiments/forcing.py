@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 import evaluate
+import methods
+from diffusion import samplers
 from diffusion.processes import Noise, flip_rate_to_level
 from support import logs, runtime
 
@@ -232,10 +234,16 @@ def draw_paths(
     judged: evaluate.Judged, known_tokens: np.ndarray, known: np.ndarray, seed: int, **options
 ) -> np.ndarray:
     """One batch of mazes (n, N) with paths drawn into them."""
-    n = len(known)
-    labels = np.zeros(n, np.int64)
-    options["n_steps"] = GUIDED_STEPS
-    return judged.draw("rollout", options, labels, seed, n, known_tokens, known)[0]
+    device = judged.run.device
+    label = torch.zeros(len(known), dtype=torch.long, device=device)
+    with runtime.autocast(device, judged.spec.config["dtype"]):
+        states = methods.sample(
+            judged.spec, judged.run.nets, label, sampler="rollout", n_steps=GUIDED_STEPS,
+            generator=runtime.generator("sample", seed, device=device),
+            known=torch.from_numpy(known).to(device),
+            known_tokens=torch.from_numpy(known_tokens).to(device), **options,
+        )
+        return samplers.last(states).x.cpu().numpy()
 
 
 def score(judged: evaluate.Judged, x: np.ndarray, real: np.ndarray | None = None) -> dict:

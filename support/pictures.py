@@ -256,7 +256,7 @@ def glyph(character: str, width: int) -> np.ndarray:
     if character == MASKED:
         canvas.draw.rectangle((0, 1, right, height - 2), fill=MASK)
     elif character == CONTINUED:
-        canvas.draw.line((0, width, right, width), fill=FAINT)
+        canvas.draw.line((0, height - 3, right, height - 3), fill=FAINT)
     elif character == "\n":
         corner = (middle // 2, width, right - middle // 2, width, right - middle // 2, middle)
         canvas.draw.line(corner, fill=FAINT)

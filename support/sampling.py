@@ -139,6 +139,8 @@ def folder_name(request: Request, *more: str) -> str:
     for name, value in options.items():
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         words.append(SHORT.get(name, name.replace("_", "-")) + shown)
+    if request.known_tokens is not None:                # other numbers start from others
+        words.append(f"n{request.n}")
     name = "_".join([*words, *more, f"seed{request.seed}"])
     if len(name) <= MAX_NAME:
         return name

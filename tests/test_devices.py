@@ -20,7 +20,7 @@ import methods
 import support.validate
 import train_ddpd
 from sources import maze
-from support import chunked_head, diagnostics, runtime
+from support import chunked_head, diagnostics, runtime, sampling
 from support.training import Training, build_training, open_data
 from support.validate import validate
 
@@ -386,9 +386,10 @@ def test_a_run_is_judged(name, judged):
     options = dict(n_steps=2, guidance=1.5)
     if name == "video":
         options["frames"] = 10
-    tokens, nfe, _ = judged.draw(sampler, options, labels, 0, 4, known_tokens, known)
+    request = sampling.Request(sampler, options, 0, labels, known_tokens, known)
+    tokens, nfe, _, moments = sampling.draw_batch(judged.run, request, range(6), n_recorded=2)
     assert len(tokens) == 6 and tokens.max() < judged.spec.vocab
-    assert nfe > 0
+    assert (nfe > 0).all() and moments[-1].x.shape[0] == 2
     if known is not None:
         assert (tokens == known_tokens)[known].all()
 

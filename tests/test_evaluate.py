@@ -18,7 +18,7 @@ from world import tiny_spec
 import evaluate
 import train_ddpd
 from diffusion import samplers
-from support import diagnostics, logs
+from support import diagnostics, logs, sampling
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,11 +77,10 @@ def test_steps_for_a_number_of_calls(row, method, nfe, steps):
 
 def test_a_batch_is_cut_by_the_logits_it_holds(monkeypatch):
     """Of the tokens that a step writes where the sampler asks for those alone, else of all."""
-    monkeypatch.setattr(evaluate, "MAX_LOGITS", 10 * 64 * 17)
+    monkeypatch.setattr(sampling, "MAX_LOGITS", 10 * 64 * 17)
     def limit(method, sampler, n_steps):
         spec = tiny_spec(method, grid=(8, 8), vocab=17)
-        stub = types.SimpleNamespace(spec=spec)
-        return evaluate.Judged.batch_limit(stub, sampler, n_steps)
+        return sampling.batch_limit(spec, sampler, n_steps)
     assert limit("ddpd-mask", "confidence", 16) == 10
     assert limit("ddpd-single", "ddpd", 16) == 10
     assert limit("ddpd-mask", "ddpd", 16) == 40             # 4 sites, room for 16
