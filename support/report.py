@@ -14,8 +14,12 @@ from typing import Any
 from support import curves, figures, logs
 
 MEDIA_TYPES = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
-# What sample.py and evaluate.py write: title, stem of the file
-PICTURES = {"Samples": "samples", "Evaluation": "evaluate", "Planner's calibration": "reliability"}
+# What training and evaluate.py write: title, stem of the file
+PICTURES = {
+    "Samples in training": "samples", "Evaluation": "evaluate",
+    "Planner's calibration": "reliability",
+}
+N_SAMPLES = 4           # folders of sample.py that are shown, the newest ones
 VIDEOS = {"Sampling": "planner", "Rollout": "rollout", "Self-correction": "correct"}
 THEMES = {"light": "default", "dark": "dark_background"}
 
@@ -61,8 +65,10 @@ def write_report(folder: str | Path, run: curves.Curves) -> Path:
     sections = [section("Curves", curves_of(run))]
     for title, stem in PICTURES.items():
         sections.append(section(title, picture(folder / f"{stem}.png")))
-    for title, stem in VIDEOS.items():
-        sections.append(section(title, video(folder, stem)))
+    for samples in sampled_folders(folder):
+        sections.append(section(f"Samples {samples.name}", picture(samples / "samples.png")))
+        for title, stem in VIDEOS.items():
+            sections.append(section(f"{title} {samples.name}", video(samples, stem)))
     sections.append(section("Table of evaluate.py", rows_table(folder / "evaluate.csv")))
     sections.append(section("Config", config_table(run.config)))
     page = PAGE.format(
@@ -72,6 +78,13 @@ def write_report(folder: str | Path, run: curves.Curves) -> Path:
     path = folder / "report.html"
     path.write_text(page)
     return path
+
+
+def sampled_folders(folder: Path) -> list[Path]:
+    """What sample.py wrote last, the newest first."""
+    pictures = list(folder.glob("samples/*/samples.png"))
+    pictures.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent for path in pictures[:N_SAMPLES]]
 
 
 def summary(run: curves.Curves) -> str:

@@ -219,7 +219,7 @@ def draw_all(
 def progress_bar(request: Request, world: runtime.World) -> tqdm:
     """Of samples, of all processes; shown by rank 0."""
     return tqdm(
-        total=request.n, disable=not world.is_main,
+        total=request.n, disable=not world.is_main, leave=False,
         bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} samples [{elapsed}<{remaining}]",
     )
 

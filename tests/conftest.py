@@ -44,6 +44,11 @@ def script(*args, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
+def samples_of(run):
+    """The folder of the run's newest samples."""
+    return max((Path(run) / "samples").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+
+
 def tiny_config(out, *flags):
     """The Config of a run in out/<out> that trains within a second."""
     argv = [*TINY, "--out-dir", f"out/{out}", *map(str, flags)]

@@ -8,7 +8,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, script
+from conftest import refusal, samples_of, script
 from PIL import Image
 
 import data
@@ -196,11 +196,12 @@ def test_from_pictures_to_a_video_with_a_stand_in_for_cosmos():
     for command in (train, ["sample.py", "run", "--n-steps", 2, "--n-video", 1, "--labels", 0]):
         done = script(*command)
         assert done.returncode == 0, done.stderr
-    samples = np.load("run/samples.npz")["tokens"]
+    folder = samples_of("run")
+    samples = np.load(folder / "samples.npz")["tokens"]
     assert samples.shape == (1, 32, 32) and samples.max() > 300
-    frames = imageio.mimread("run/planner.gif")
+    frames = imageio.mimread(folder / "planner.gif")
     assert len(frames) >= 2
-    picture = np.asarray(Image.open("run/samples.png").convert("RGB")).astype(int)
+    picture = np.asarray(Image.open(folder / "samples.png").convert("RGB")).astype(int)
     is_grey = picture.max(2) - picture.min(2) < 9       # tokens shown by themselves have hues
     assert is_grey.mean() > 0.98
     assert (picture == 255).mean() > 0.3

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import meta_of, refusal, save_run, tiny_config
+from conftest import meta_of, refusal, samples_of, save_run, tiny_config
 
 import config
 import data
@@ -97,10 +97,10 @@ def test_an_export_is_sampled_as_its_run_is(run):
     tokens = []
     for folder in (str(run), "ex/digits"):
         sample.main(sample.Flags(folder, n_video=0))
-        with np.load(Path(folder) / "samples.npz") as file:
+        with np.load(samples_of(folder) / "samples.npz") as file:
             tokens.append(file["tokens"])
     assert np.array_equal(*tokens)
-    assert Path("ex/digits/samples.png").read_bytes() == picture
+    assert (samples_of("ex/digits") / "samples.png").read_bytes() == picture
 
 
 def test_an_export_is_judged_as_its_run_is(run):
@@ -382,7 +382,7 @@ def test_a_pushed_run_is_sampled_and_trained_on(run, fake_hub, capsys):
     assert digest(weights_of(pulled)) == digest(load_checkpoint(run)["ema"])
 
     sample.main(sample.Flags("hf://me/model", n_steps=1, n_video=1))
-    files = {path.name for path in pulled.folder.iterdir()}
+    files = {path.name for path in samples_of(pulled.folder).iterdir()}
     assert files >= {"samples.png", "samples.npz", "planner.gif"}
     evaluate.main(evaluate.Flags(("hf://me/model",), nfe=(2,), n_samples=10))
     assert (pulled.folder / "evaluate.png").exists()

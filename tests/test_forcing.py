@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, script
+from conftest import TINY, samples_of, script
 from test_gidd import loss_by_hand, random_rows, seeded, succeed
 from world import Oracle, Table, World, dense, tiny_spec
 
@@ -785,12 +785,12 @@ def test_a_video_run_from_training_to_rollout(flags):
     assert "2 samples, 18.0 NFE each" in printed
     assert "intact" in printed
     assert "right" in printed
-    tokens = np.load(f"{out}/samples.npz")["tokens"]
+    tokens = np.load(samples_of(out) / "samples.npz")["tokens"]
     assert tokens.shape == (2, 11, 8, 8)
     assert tokens.max() < 4
     real = np.load("data/bounce/val_tokens.npy")
     assert (tokens[0, :2] == real[0, :2]).all()
-    assert Path(out, "rollout.gif").exists()
+    assert (samples_of(out) / "rollout.gif").exists()
 
     together = ["--sampler", "ancestral", "--context-frames", 0, "--n-video", 0]
     printed = succeed("sample.py", out, *together)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, script
+from conftest import TINY, samples_of, script
 from world import dense, marginal
 
 import model
@@ -334,7 +334,7 @@ def test_a_run_from_training_to_samples(p_uniform):
         correct = ["--correct", 3, "--k", 2]
         printed = succeed("sample.py", out, "--n-steps", 2, "--labels", 1, 2, *correct)
         assert "self-correction changed" in printed
-        assert Path(out, "correct.gif").exists()
+        assert (samples_of(out) / "correct.gif").exists()
 
     refused = script("sample.py", out, "--sampler", "ddpd")
     assert refused.returncode != 0

@@ -175,7 +175,10 @@ def page():
     start = START | dict(config={"data": HOSTILE, "max_iters": 20})
     folder = write_log("page", start, training_line(10, epochs=1.5), validation_line(20))
     Image.new("RGB", (4, 4)).save(folder / "samples.png")
-    (folder / "planner.mp4").write_bytes(b"video")
+    samples = folder / "samples" / "ddpd_64_seed0"
+    samples.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(samples / "samples.png")
+    (samples / "planner.mp4").write_bytes(b"video")
     (folder / "evaluate.csv").unlink(missing_ok=True)
     logs.append_rows(folder / "evaluate.csv", dict(run="x", sampler=HOSTILE, frechet=3.25))
     path = report.write_report(folder, curves.read_curves(folder)._replace(name=HOSTILE))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refusal, script
+from conftest import ROOT, refusal, samples_of, script
 from PIL import Image
 
 import data
@@ -63,7 +63,7 @@ def test_the_first_line(trained):
     done = script(*draw, "--n-steps", 3, "--labels", 7, 7, 10)
     assert done.returncode == 0, done.stderr
     assert "3 samples, 6.0 NFE each" in done.stdout
-    saved = np.load("out/digits/samples.npz")
+    saved = np.load(samples_of("out/digits") / "samples.npz")
     assert saved["tokens"].shape == (3, 8, 8)
     assert saved["tokens"].max() < 17
     assert saved["labels"].tolist() == [7, 7, 10]
@@ -77,9 +77,11 @@ def test_the_first_line(trained):
     assert 0 <= float(row["judge_acc"]) <= 1
     assert float(row["bits_per_token"]) > 1
 
-    files = "config.json ckpt.pt log.jsonl samples.png planner.mp4 planner.gif".split()
-    for name in files:
+    for name in "config.json ckpt.pt log.jsonl samples.png evaluate.png".split():
         assert (Path("out/digits") / name).stat().st_size > 100, name
+    samples = Path("out/digits/samples/ddpd_3_labels7.7.10_seed0")
+    for name in "samples.png planner.mp4 planner.gif".split():
+        assert (samples / name).stat().st_size > 100, name
 
 
 def test_the_reference_setting_trains():
@@ -128,7 +130,7 @@ def test_known_tokens_stay(trained):
     np.savez("half.npz", tokens=tokens, mask=mask, labels=labels)
     done = script("sample.py", "out/digits", "--known", "half.npz", "--n-steps", 4)
     assert done.returncode == 0, done.stderr
-    saved = np.load("out/digits/samples.npz")
+    saved = np.load(samples_of("out/digits") / "samples.npz")
     assert np.array_equal(saved["tokens"][:, :4], tokens[:, :4])
     assert not np.array_equal(saved["tokens"][:, 4:], tokens[:, 4:])
     assert saved["labels"].tolist() == labels.tolist()
@@ -140,7 +142,7 @@ def test_one_known_sequence_serves_all_labels(trained):
     flags = ["--labels", 1, 2, "--n-steps", 1, "--n-video", 0]
     done = script("sample.py", "out/digits", "--known", "one.npz", *flags)
     assert done.returncode == 0, done.stderr
-    saved = np.load("out/digits/samples.npz")
+    saved = np.load(samples_of("out/digits") / "samples.npz")
     assert len(saved["tokens"]) == 2
     assert (saved["tokens"][:, :4] == tokens[0, :4]).all()
 
@@ -218,4 +220,4 @@ def test_a_decoder_shows_its_own_pictures(trained):
     flags = ["--n-steps", 1, "--labels", 3, "--decoder", "decoder.jit"]
     done = script("sample.py", "out/digits", *flags)
     assert done.returncode == 0, done.stderr
-    assert Image.open("out/digits/samples.png").getpixel((40, 100)) == (255, 0, 0)
+    assert Image.open(samples_of("out/digits") / "samples.png").getpixel((40, 100)) == (255, 0, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, meta_of, refusal, save_run
+from conftest import ROOT, meta_of, refusal, samples_of, save_run
 from safetensors.numpy import save_file
 from test_data import made
 
@@ -211,7 +211,7 @@ def draw(run, *flags):
     """sample.py with these flags.  ->  tokens (n, N)"""
     argv = [f"out/{run}", "--n-steps", 3, "--n-video", 0, *flags]
     sample.main(config.load(sample.Flags, list(map(str, argv))))
-    saved = np.load(f"out/{run}/samples.npz")["tokens"]
+    saved = np.load(samples_of(f"out/{run}") / "samples.npz")["tokens"]
     return saved.reshape(len(saved), -1)
 
 
@@ -373,7 +373,7 @@ def test_numbers_and_names_of_labels(tmp_path, monkeypatch, flags, labels):
     monkeypatch.chdir(tmp_path)
     save_run("out/pets", meta_of(9, [4, 4], 3, class_names=["cat", "dog", "axolotl"]))
     draw("pets", *flags)
-    assert np.load("out/pets/samples.npz")["labels"].tolist() == labels
+    assert np.load(samples_of("out/pets") / "samples.npz")["labels"].tolist() == labels
     assert "did you mean dog?" in refusal(draw, "pets", "--labels", "dogs")
     assert "knows 0 to 2" in refusal(draw, "pets", "--labels", 4)
 

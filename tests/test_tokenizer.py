@@ -126,7 +126,8 @@ def test_from_a_folder_to_a_run():
     assert row["it"] == 4
     assert row["val_psnr"] > 0
     assert Image.open("tok/reconstructions.png").height > 2 * 16
-    for name in ("decoder.jit", "samples.png", "planner.gif", "neighbours_ddpd_4.png"):
+    for name in ("decoder.jit", "samples.png", "neighbours_ddpd_4.png",
+                 "samples/ddpd_2_seed0/samples.png", "samples/ddpd_2_seed0/planner.gif"):
         assert tokenizer.Path("out/squares", name).exists(), name
 
 

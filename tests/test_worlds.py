@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY, script
+from conftest import TINY, samples_of, script
 
 from sources import bounce, maze
 
@@ -211,7 +211,7 @@ def test_a_maze_run(flags, samplers, picture, few_mazes):
     done = succeed("sample.py", out, "--n-steps", 2, "--labels", 0, 0, 0)
     assert "shortest" in done.stdout
     assert picture in done.stdout
-    tokens = np.load(f"{out}/samples.npz")["tokens"]
+    tokens = np.load(samples_of(out) / "samples.npz")["tokens"]
     real = np.load("data/maze/val_tokens.npy")[[0, 6, 12]]
     is_known = np.isin(real, [maze.WALL, maze.START, maze.GOAL])
     assert (tokens[is_known] == real[is_known]).all()
