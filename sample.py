@@ -22,7 +22,7 @@ class SampleOptions:
     seed: config.Seed = 0                   # of the noise and every draw
     known: str = ""                         # inpainting: .npz of tokens (n, *grid) and bool mask
     prompt: config.Prose = ""               # text: its beginning; [...] in it is filled in
-    gap: config.NotNegative = 0             # tokens at [...]; 0: the rest of the prompt ends it
+    gap: config.NotNegative = 0             # tokens at [...]; 0: what follows ends the sequence
     n_video: config.NotNegative = 10        # samples in the video; 0: no video
     # TorchScript file (code that is run), tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
     decoder: str = ""

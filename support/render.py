@@ -164,6 +164,8 @@ def word_picture(word: str) -> np.ndarray:
     shown = word.replace("\n", "\\n").replace("\t", "\\t")
     colour = UNPRINTABLE if word.isspace() else TEXT
     canvas.text(shown, 2, GLYPH_H // 2, 13, "lm", colour)
+    margin = (WORD_W - 4, 0, WORD_W, GLYPH_H)           # between it and the next word
+    canvas.draw.rectangle(margin, fill=BACKGROUND)
     return canvas.array()
 
 
