@@ -46,7 +46,7 @@ Prose = Annotated[str, PROSE]                   # may be long and have several l
 @dataclass(frozen=True)
 class DataOptions:
     """What the tokens are."""
-    data: str = "digits"                    # one of sources/, or a folder under data/
+    data: str = "digits"                    # one of sources/, or a folder: under data/, or a path
     image_size: Positive = 32               # tokens per side, where a source makes them
     grey_levels: NotNegative = 0            # vocabulary, where a source makes tokens; 0: its own
     vocab: NotNegative = 0                  # ids the data must have; 0: any

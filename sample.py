@@ -23,7 +23,7 @@ class SampleOptions:
     seed: config.Seed = 0                   # of the noise and every draw
     known: str = ""                         # inpainting: .npz of tokens (n, *grid) and bool mask
     prompt: config.Prose = ""               # text: its beginning; [...] in it is filled in
-    gap: config.NotNegative = 0             # tokens at [...]; 0: the rest of the prompt ends it
+    gap: config.NotNegative = 0             # tokens at [...]; 0: what follows ends the sequence
     batch_size: config.NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
 
 

@@ -303,6 +303,8 @@ def word_picture(word: str) -> np.ndarray:
     colour = FAINT if word.isspace() else INK
     face = font(WORD_SIZE, is_mono=True)
     canvas.draw.text((2, WORD_H // 2), shown, font=face, anchor="lm", fill=colour)
+    margin = (WORD_W - 4, 0, WORD_W, WORD_H)            # between it and the next word
+    canvas.draw.rectangle(margin, fill=PAPER)
     return canvas.array()
 
 

@@ -117,7 +117,7 @@ def test_flat_tokens_fit_a_line(tmp_path, grid):
     assert np.array_equal(x, IDS.reshape(6, 16))
 
 
-@pytest.mark.parametrize("grid", [[4, 4], [1, 15], [2, 8]])
+@pytest.mark.parametrize("grid", [[4, 4], [1, 15], [2, 8], [2, 16]])
 def test_flat_tokens_fit_nothing_else(tmp_path, grid):
     write_folder(tmp_path / "mine", IDS.reshape(6, 16), **LEAST | dict(grid=grid))
     assert "holds int64 (6, 16), not whole numbers (n, " in refusal(data.load, f"{tmp_path}/mine")

@@ -87,6 +87,17 @@ def test_pieces_of_any_size_hold_the_same_text(book, monkeypatch, sizes):
         assert max(map(len, pieces)) <= sum(sizes)
 
 
+def test_the_held_out_part_begins_with_a_character(book):
+    """Nine tenths of 100 characters of three bytes and two of one are no whole characters."""
+    book.write_text("月" * 100 + "ab")
+    raw = book.read_bytes()
+    assert raw[int(len(raw) * 0.9)] >= 0b1000_0000
+    meta, splits = make_words(train_tokenizer=257, length=2)
+    words = load_text(data.ROOT / "words", meta)
+    assert words.to_str(splits["val"][0].ravel()).startswith("月月月")
+    assert words.to_str(splits["train"][0].ravel()).startswith("月" * 80)
+
+
 def test_tokens_do_not_depend_on_the_pieces(book, monkeypatch):
     """No token reaches over a cut: they are those of the whole text."""
     tokenizer = write_tokenizer()
