@@ -1,6 +1,7 @@
 """Curves of log.jsonl, the page about a run, and what evaluate.py shows of its rows."""
 
 import base64
+import contextlib
 import json
 import math
 from html.parser import HTMLParser
@@ -11,6 +12,8 @@ import pytest
 from conftest import refusal, script
 from PIL import Image
 
+import evaluate
+import plot
 from support import comparison, curves, figures, logs, report
 
 START = dict(it=0, start=True, floors={"denoiser_start": 2.8}, config={"denoiser_lr": 0.002})
@@ -169,20 +172,20 @@ class Page(HTMLParser):
             self.text += data
 
 
-@pytest.fixture
-def page():
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
     """That of a run whose files hold what must not be read as HTML."""
     start = START | dict(config={"data": HOSTILE, "max_iters": 20})
-    folder = write_log("page", start, training_line(10, epochs=1.5), validation_line(20))
-    Image.new("RGB", (4, 4)).save(folder / "samples.png")
-    samples = folder / "samples" / "ddpd_64_seed0"
-    samples.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 4)).save(samples / "samples.png")
-    (samples / "planner.mp4").write_bytes(b"video")
-    (folder / "evaluate.csv").unlink(missing_ok=True)
-    logs.append_rows(folder / "evaluate.csv", dict(run="x", sampler=HOSTILE, frechet=3.25))
-    path = report.write_report(folder, curves.read_curves(folder)._replace(name=HOSTILE))
-    return path.read_text()
+    with contextlib.chdir(tmp_path_factory.mktemp("page")):
+        folder = write_log("page", start, training_line(10, epochs=1.5), validation_line(20))
+        Image.new("RGB", (4, 4)).save(folder / "samples.png")
+        samples = folder / "samples" / "ddpd_64_seed0"
+        samples.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(samples / "samples.png")
+        (samples / "planner.mp4").write_bytes(b"video")
+        logs.append_rows(folder / "evaluate.csv", dict(run="x", sampler=HOSTILE, frechet=3.25))
+        run = curves.read_curves(folder)._replace(name=HOSTILE)
+        return report.write_report(folder, run).read_text()
 
 
 def test_a_page_is_one_file_without_scripts(page):
@@ -209,11 +212,11 @@ def test_a_page_shows_what_files_say_as_text(page):
 
 
 def test_the_script_draws_runs_and_pages():
-    folders = [write_log(name, START, training_line(10), validation_line(10)) for name in "ab"]
-    done = script("plot.py", *folders, "--html")
-    assert done.returncode == 0, done.stderr
+    folders = [str(write_log(name, training_line(10))) for name in "ab"]
+    plot.main(plot.Flags(runs=tuple(folders), html=True))
     assert Image.open("out/a/curves.png").width > 500
     assert Path("out/a/report.html").exists() and Path("out/b/report.html").exists()
+    assert "pictures are .png" in refusal(plot.main, plot.Flags(runs=("out/a",), out="x.txt"))
     done = script("plot.py", "out/a", "out/none")
     assert done.returncode == 1
     assert done.stderr.strip() == "no run in out/none: there is no such folder"
@@ -302,8 +305,6 @@ def test_the_table_is_aligned(capsys):
 
 
 def test_bits_are_added_to_rows_that_lack_them():
-    import evaluate
-
     path = Path("bits.csv")
     path.unlink(missing_ok=True)
     logs.append_rows(path, dict(settings="a"), dict(settings="b"))
