@@ -191,6 +191,12 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory that tensors took on a GPU, or that this process took on a CPU, so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    # Where Linux does not say it, and on macOS; on Linux it may be that of the parent process
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
