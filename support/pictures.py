@@ -425,7 +425,7 @@ def label_name(label: int, meta: dict) -> str:
         return ""
     if label >= meta["n_classes"]:
         return "no label"
-    return meta["class_names"][label]
+    return "".join(char if char.isprintable() else " " for char in meta["class_names"][label])
 
 
 def title_items(title: Sequence[str]) -> list[Item]:

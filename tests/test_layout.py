@@ -286,6 +286,7 @@ FLAG_CLASSES = {
     "export.py": export.Flags,
 }
 TORCHRUN_FLAGS = {"--max-restarts"}
+FIDELITY_FLAGS = {"--fid", "--kid", "--prc", "--gpu", "--input1", "--input2"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
@@ -377,7 +378,7 @@ def test_commands_in_texts_exist(where):
 @doc_files
 def test_flags_in_texts_exist(path):
     """Flags in `code` that stand without a command belong to one of the scripts."""
-    known = set.union(*map(flags_of, FLAG_CLASSES)) | TORCHRUN_FLAGS
+    known = set.union(*map(flags_of, FLAG_CLASSES)) | TORCHRUN_FLAGS | FIDELITY_FLAGS
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     for code in re.findall(r"`([^`\n]+)`", text):
         if not commands_in(code):
