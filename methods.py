@@ -223,7 +223,7 @@ def rollout_levels(spec, known, n_steps, frames=0, lag=-1):
     even = forcing.rollout_levels(spec.grid, n_steps, frames, lag, context_frames)
     levels = spec.noise.spaced(even)
     if known is not None and spec.is_video:             # steps in which only known frames fall
-        levels = levels.masked_fill(is_known, 0)
+        levels = levels.masked_fill(is_known.cpu(), 0)
         is_step = (levels[:-1] > levels[1:]).any(1)
         is_step[-1] |= not is_step.any()                # all is known: one State is yielded
         levels = torch.cat([levels[:1], levels[1:][is_step]])

@@ -299,7 +299,7 @@ def word_decoder(word: Callable[[int], str]) -> Decoder:
 def word_picture(word: str) -> np.ndarray:
     """The beginning of a word, as much as fits.  -> (WORD_H, WORD_W, 3) uint8"""
     canvas = Canvas(WORD_W, WORD_H, PAPER)
-    shown = word.replace("\n", "\\n").replace("\t", "\\t")
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in word)
     colour = FAINT if word.isspace() else INK
     face = font(WORD_SIZE, is_mono=True)
     canvas.draw.text((2, WORD_H // 2), shown, font=face, anchor="lm", fill=colour)

@@ -73,7 +73,7 @@ def batch_limit(spec: methods.Spec, sampler: str, n_steps: int) -> int:
     is_unmasking = spec.noise.only_masks and not spec.method.has_own_levels
     asks_few = {"ddpd": "planner" in spec.method.networks, "ancestral": is_unmasking}
     if asks_few.get(sampler):
-        n_tokens = min(n_tokens, 4 * math.ceil(n_tokens / n_steps))
+        n_tokens = min(n_tokens, 4 * math.ceil(n_tokens / max(1, n_steps)))
     return max(1, MAX_LOGITS // (n_tokens * spec.vocab))
 
 
@@ -195,7 +195,7 @@ def draw_all(
             todo = prepare(folder, request, identity(run, request), size)
     todo = from_main(todo, world)
     if todo is not None:
-        with progress_bar(request, world) as bar, runtime.one_line_errors(OSError):
+        with Progress(request, world) as bar, runtime.one_line_errors(OSError):
             for rows in todo[world.rank::world.size]:
                 on_step = step_of(bar, folder, len(rows) * world.size, request)
                 n_now = min(n_recorded, len(rows)) if rows.start == 0 else 0
@@ -216,25 +216,39 @@ def draw_all(
     return moments
 
 
-def progress_bar(request: Request, world: runtime.World) -> tqdm:
-    """Of samples, of all processes; shown by rank 0."""
-    return tqdm(
-        total=request.n, disable=not world.is_main, leave=False,
-        bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} samples [{elapsed}<{remaining}]",
-    )
+class Progress:
+    """A bar of the samples of all processes, shown by rank 0 from the first step on, which is when
+    nothing can be refused any more."""
+
+    def __init__(self, request: Request, world: runtime.World):
+        self.n = request.n
+        self.is_shown = world.is_main
+        self.bar = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.bar:
+            self.bar.close()
+
+    def show(self, n_done: float) -> None:
+        if self.bar is None:
+            bar_format = (
+                "{percentage:3.0f}%|{bar}| {n:.0f}/{total} samples [{elapsed}<{remaining}]"
+            )
+            self.bar = tqdm(
+                total=self.n, leave=False, disable=not self.is_shown, bar_format=bar_format
+            )
+        self.bar.update(min(n_done, self.n) - self.bar.n)
 
 
-def step_of(bar: tqdm, folder: Path, n: int, request: Request) -> Callable[[], None]:
+def step_of(bar: Progress, folder: Path, n: int, request: Request) -> Callable[[], None]:
     """What moves the bar after each step of n samples that are drawn at a time."""
     n_finished = n_in_parts(folder)
     n_steps = request.options["n_steps"]
     steps = itertools.count(1)
-
-    def on_step() -> None:
-        share = min(1, next(steps) / n_steps)
-        bar.update(min(n_finished + share * n, request.n) - bar.n)
-
-    return on_step
+    return lambda: bar.show(n_finished + min(1, next(steps) / n_steps) * n)
 
 
 def from_main(value: Any, world: runtime.World) -> Any:
@@ -319,12 +333,12 @@ def n_in_parts(folder: Path) -> int:
     return sum(map(len, finished_parts(folder)))
 
 
-def wait_for_parts(folder: Path, todo: list[range], bar: tqdm) -> None:
+def wait_for_parts(folder: Path, todo: list[range], bar: Progress) -> None:
     """Until other processes have finished theirs. If one fails, torchrun ends them all."""
     missing = {part_name(rows) for rows in todo}
     while missing:
         missing -= {path.name for path in (folder / "parts").glob("*.npz")}
-        bar.update(n_in_parts(folder) - bar.n)
+        bar.show(n_in_parts(folder))
         if missing:
             time.sleep(POLL_S)
 

@@ -16,9 +16,8 @@ from conftest import ROOT, meta_of, save_run, script, tiny_config
 from safetensors.numpy import save_file
 
 import data
-import sample
 from sources import fashion_mnist, mnist, text, tokens
-from support import checkpoint, runtime, training
+from support import checkpoint, runtime, starts, training
 
 
 @pytest.fixture
@@ -634,7 +633,7 @@ def checkpoint_reader(path):
 
 def read_known(path):
     meta = dict(grid=[4, 4], vocab=9, n_classes=3)
-    x, mask, labels = sample.load_known_tokens(str(path), meta, [])
+    x, mask, labels = starts.load_known_tokens(str(path), meta, [])
     assert x.shape == mask.shape == (len(labels), 16)
     assert (x[mask] < 9).all()
     assert (x[mask] >= 0).all()

@@ -37,7 +37,7 @@ SUPPORT = {
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
         canvas pictures videos diagnostics timing text figures curves report comparison exports hub
-        sampling
+        sampling starts
     """.split()
 }
 BY_THEMSELVES = {

@@ -160,7 +160,7 @@ def test_a_legend_names_the_marks_that_there_are():
 
 
 def test_a_title_says_how_was_sampled():
-    stage = sample.Stage("rollout", 4, {"guidance": 2.0, "top_k": 5})
+    stage = sample.Stage("rollout", {"n_steps": 4, "guidance": 2.0, "top_k": 5})
     assert stage.title(is_video=True) == ["rollout", "4 steps a frame", "guidance 2.0", "top k 5"]
     assert stage.title(is_video=False)[1] == "4 steps"
 

@@ -15,7 +15,7 @@ from conftest import ROOT, refusal, samples_of, script
 from PIL import Image
 
 import data
-import sample
+from support import starts
 
 SHORT = ["--max-iters", "2", "--eval-sequences", "8"]
 README = (ROOT / "README.md").read_text()
@@ -173,7 +173,7 @@ def all_known(*shape):
 def test_known_files_that_do_not_fit_are_refused(arrays, said):
     np.savez("bad.npz", **arrays)
     meta = dict(grid=[8, 8], vocab=17, n_classes=10)
-    message = refusal(sample.load_known_tokens, "bad.npz", meta, [])
+    message = refusal(starts.load_known_tokens, "bad.npz", meta, [])
     assert "bad.npz" in message and said in message
 
 
