@@ -480,9 +480,11 @@ def pairs_png(
 
 
 def columns_of(tiles: np.ndarray) -> int:
-    """How many of these pictures (n, H, W, 3) fit side by side."""
+    """How many of these pictures (n, H, W, 3) stand side by side, so that rows are filled evenly."""
     slot_w = max(tiles.shape[2], MIN_CAPTION_W) + GAP
-    return max(1, min(COLUMNS, (MAX_WIDTH - GAP) // slot_w))
+    most = max(1, min(COLUMNS, (MAX_WIDTH - GAP) // slot_w))
+    n_rows = math.ceil(len(tiles) / most)
+    return math.ceil(len(tiles) / n_rows)
 
 
 def write_grid(
