@@ -471,7 +471,7 @@ def pairs_png(
     tiles = pictures(pairs.reshape(2 * n, *pairs.shape[2:]), meta, decoder)     # (2n, H, W, 3)
     words = [caption for pair in captions for caption in pair]
     captioned = list(zip(words, tiles, strict=True))
-    columns = columns_of(tiles)
+    columns = columns_of(tiles[::2])
     rows = []
     for i in range(0, 2 * n, 2 * columns):
         chosen = captioned[i:i + 2 * columns]
@@ -480,7 +480,7 @@ def pairs_png(
 
 
 def columns_of(tiles: np.ndarray) -> int:
-    """How many of these pictures (n, H, W, 3) stand side by side, so that rows are filled evenly."""
+    """How many of these pictures (n, H, W, 3) stand side by side: rows are filled evenly."""
     slot_w = max(tiles.shape[2], MIN_CAPTION_W) + GAP
     most = max(1, min(COLUMNS, (MAX_WIDTH - GAP) // slot_w))
     n_rows = math.ceil(len(tiles) / most)
