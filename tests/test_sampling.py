@@ -1,12 +1,16 @@
 """Samples by the thousand: the same whatever draws them, and nothing drawn twice."""
 
+import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import meta_of, save_run
+from conftest import ROOT, meta_of, save_run, script, tiny_config
 
+import train_ddpd
 from support import runtime, sampling
 from support.checkpoint import load_run
 
@@ -122,3 +126,39 @@ def test_gaps():
     assert list(sampling.gaps(done, 25)) == [range(3), range(8, 10), range(20, 25)]
     assert list(sampling.gaps(done, 9)) == [range(3), range(8, 9)]
     assert list(sampling.gaps([], 2)) == [range(2)]
+
+
+# Several processes
+
+
+def torchrun(*command):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--"]
+    command = [sys.executable, *launcher, ROOT / command[0], *command[1:]]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_draw_the_samples_of_one(tmp_path):
+    """sample.py and evaluate.py: each batch once, files by one writer."""
+    train_ddpd.main(tiny_config("pair", "--max-iters", 1, "--eval-samples", 0))
+    draw = ["sample.py", "out/pair", "--n", 30, "--n-steps", 3, "--n-video", 2, "--png"]
+    printed = torchrun(*draw, "--batch-size", 4, "--out", tmp_path / "two")
+    assert printed.count("30 samples, 6.0 NFE each") == 1
+    done = script(*draw, "--out", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
+    for key in ("tokens", "labels", "nfe"):
+        assert np.array_equal(one[key], two[key])
+    for name in ("one", "two"):
+        assert len(list((tmp_path / name / "png").iterdir())) == 30
+        assert (tmp_path / name / "planner.gif").exists()
+
+    evaluate = ["evaluate.py", "out/pair", "--nfe", 6, "--n-samples", 30, "--batch-size", 4]
+    printed = torchrun(*evaluate, "--no-bits")
+    with open("out/pair/evaluate.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["n"] for row in rows] == ["30"]
+    judged = np.load("out/pair/samples/ddpd_3_seed0/samples.npz")
+    assert np.array_equal(judged["tokens"], one["tokens"])
+    assert printed.count("held-out data") == 1
