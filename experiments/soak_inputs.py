@@ -34,7 +34,7 @@ import methods
 import sample
 import train_ddpd
 from sources import mnist
-from support import checkpoint, logs, runtime, training
+from support import checkpoint, logs, runtime, starts, training
 
 sys.path.insert(0, str(common.ROOT / "tests"))
 
@@ -203,7 +203,7 @@ def reader_of(name: str, path: Path) -> tuple[Callable, tuple]:
     if name == "rows.csv":
         return logs.append_rows, (path, dict(run="c", nfe=1))
     meta = json.loads((WORK / "good/data/meta.json").read_text())
-    return sample.load_known_tokens, (str(path), meta, [])
+    return starts.load_known_tokens, (str(path), meta, [])
 
 
 def files(n: int, rng: random.Random) -> tuple[int, str, list[str]]:
