@@ -266,7 +266,8 @@ def planner_predictions(
     token is noise. x0 (n, N), label (n,) on the CPU  ->  {"corrupted" or "in use": (3, n * N) of t,
     p_noise, is_noise}
     """
-    spec, nets, device = run.spec, run.nets, run.device
+    spec, nets = run.spec, run.nets
+    device = runtime.device_of_doubles(run.device)
     n = len(x0)
     rng = runtime.generator("planner")
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
@@ -281,7 +282,7 @@ def planner_predictions(
     for i in torch.arange(n).split(batch):
         x, is_noise = (y.to(device) for y in corrupt(x0[i], t[i], noise, rng))
         clean, level, given_label = x0[i].to(device), t[i].to(device), label[i].to(device)
-        with runtime.autocast(device, spec.config["dtype"]):
+        with runtime.autocast(run.device, spec.config["dtype"]):
             p_noise = ask(x, level, given_label)
             out["corrupted"].append(columns(level, p_noise, is_noise))
             x_input = x.masked_fill(is_noise, spec.vocab) if spec.noise.only_masks else x
