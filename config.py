@@ -149,12 +149,23 @@ class RunOptions:
     compile: bool = False                   # torch.compile the networks
     recompute: bool = False                 # activations in the backward pass: less memory, slower
     timeout_minutes: Positive = 30          # for which a process waits for a silent one
+
+
+@dataclass(frozen=True)
+class DryRunOptions:
+    """What a config takes, without training."""
     dry_run: bool = False                   # print parameters, memory and time; train nothing
+    # estimate for this GPU by its published peak rate; "": measure the machine at hand
+    gpu: Literal["", "a100", "h100", "h200", "b200", "l4", "rtx4090"] = ""
+    n_gpus: Positive = 1                    # with --gpu: processes, each on a GPU
+    # with --gpu: share of the peak that training reaches, an assumption
+    utilization: Annotated[float, Bound(0.01, 1)] = 0.35
 
 
 @dataclass(frozen=True)
 class Config(
-    RunOptions, LoggingOptions, MethodOptions, OptimisationOptions, NetworkOptions, DataOptions
+    DryRunOptions, RunOptions, LoggingOptions, MethodOptions, OptimisationOptions, NetworkOptions,
+    DataOptions,
 ):
     """Train a planner and a denoiser.   python train_ddpd.py [NAME or FILE.py ...] [--flags]
 
@@ -165,6 +176,7 @@ class Config(
     GROUPS: typing.ClassVar = {
         "data": DataOptions, "network": NetworkOptions, "optimisation": OptimisationOptions,
         "method": MethodOptions, "logging": LoggingOptions, "run": RunOptions,
+        "dry_run": DryRunOptions,
     }
     # A run is resumed only with these unchanged; all others may change from start to start.
     FIXED: typing.ClassVar = (
@@ -530,6 +542,7 @@ def check_values(cfg: Config) -> Config:
     if not 0 < cfg.clean_token_rate <= 1:
         raise SystemExit(f"clean_token_rate is {cfg.clean_token_rate}; it must lie in (0, 1]")
     check_stated_data(cfg)
+    check_dry_run(cfg)
     if cfg.method == "forcing" and cfg.weight in ("dynamic", "clip"):
         raise SystemExit(
             f"weight = {cfg.weight} learns nothing at level 1, where every rollout begins: "
@@ -541,6 +554,18 @@ def check_values(cfg: Config) -> Config:
             "from data"
         )
     return cfg
+
+
+def check_dry_run(cfg: Config) -> None:
+    """An estimate for a GPU is asked for by --dry-run --gpu, and is one of bfloat16."""
+    if cfg.gpu and not cfg.dry_run:
+        raise SystemExit(f"gpu = {cfg.gpu} is for --dry-run; training takes the GPUs that it finds")
+    for field in fields(DryRunOptions):
+        if field.name in ("n_gpus", "utilization") and not cfg.gpu:
+            if getattr(cfg, field.name) != field.default:
+                raise SystemExit(f"{field.name} belongs to --dry-run --gpu NAME")
+    if cfg.gpu and cfg.dtype == "float32":
+        raise SystemExit("the estimate for a GPU is one of bfloat16: not with dtype float32")
 
 
 def check_stated_data(cfg: Config) -> None:

@@ -131,7 +131,8 @@ class Judged:
         val = self.splits["val"]
         n = N_BITS_VIDEO if self.spec.is_video else N_BITS
         n_repeated = -(-n // len(val)) * len(val)       # each sequence as often as any other
-        x0, label = (torch.from_numpy(y).to(self.run.device) for y in val.spread_subset(n_repeated))
+        home = runtime.device_of_doubles(self.run.device)
+        x0, label = (torch.from_numpy(y).to(home) for y in val.spread_subset(n_repeated))
         with runtime.autocast(self.run.device, self.spec.config["dtype"]):
             known = data.context_mask(self.spec.meta, x0, self.spec.config["context_frames"])
             rng = runtime.generator("bits")

@@ -218,7 +218,8 @@ def rollout_levels(spec, known, n_steps, frames=0, lag=-1):
     its levels spaced as the process has them: a row for each step, and one before."""
     context_frames = 0
     if known is not None and spec.is_video:
-        is_known = known.view(len(known), -1, spec.shape.frame_size).all(2).all(0)     # (F,)
+        is_known = known.view(len(known), -1, spec.shape.frame_size).all(2).all(0)
+        is_known = is_known.cpu()                       # (F,), on the host as the levels are
         context_frames = int(is_known.int().cumprod(0).sum())
     even = forcing.rollout_levels(spec.grid, n_steps, frames, lag, context_frames)
     levels = spec.noise.spaced(even)

@@ -245,6 +245,8 @@ class Transformer(nn.Module):
         angles = rope_angles(coarse, shape.head_dim)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+        frequency = torch.logspace(0, 1.5, N_LEVEL_FEATURES // 2)   # Apple GPUs have no logspace
+        self.register_buffer("frequency", frequency, persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -271,7 +273,8 @@ class Transformer(nn.Module):
         n_frames = x.shape[1] // self.shape.frame_size  # 1 where the grid is no video
         h = self.to_patches(self.tok_emb(x)) + self.positions(n_frames)         # (B, n, D)
         if self.t_conditioned:
-            h = h + self.to_patches(self.t_proj(level_features(t)))     # (B, 1, D) or (B, n, D)
+            features = level_features(t, self.frequency)
+            h = h + self.to_patches(self.t_proj(features))              # (B, 1, D) or (B, n, D)
         label_tokens = self.label_emb(label).view(len(x), N_LABEL_TOKENS, self.shape.n_embd)
         label_tokens = norm(label_tokens)
         if self.shape.causal:
@@ -351,10 +354,11 @@ class Transformer(nn.Module):
         return self.logits(h).float()
 
 
-def level_features(t: Tensor) -> Tensor:
-    """Sines and cosines of the noise level, the fastest of wavelength 0.2.  t (B, 1 or N) -> (B, 1
-    or N, features)"""
-    frequency = torch.logspace(0, 1.5, N_LEVEL_FEATURES // 2, device=t.device)
+def level_features(t: Tensor, frequency: Tensor) -> Tensor:
+    """Sines and cosines of the noise level, the fastest of wavelength 0.2.
+
+    t (B, 1 or N), frequency (features / 2,)  ->  (B, 1 or N, features)
+    """
     angle = t[..., None] * frequency
     return torch.cat([angle.sin(), angle.cos()], -1)
 

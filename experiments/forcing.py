@@ -234,9 +234,9 @@ def draw_paths(
     judged: evaluate.Judged, known_tokens: np.ndarray, known: np.ndarray, seed: int, **options
 ) -> np.ndarray:
     """One batch of mazes (n, N) with paths drawn into them."""
-    device = judged.run.device
+    device = runtime.device_of_doubles(judged.run.device)
     label = torch.zeros(len(known), dtype=torch.long, device=device)
-    with runtime.autocast(device, judged.spec.config["dtype"]):
+    with runtime.autocast(judged.run.device, judged.spec.config["dtype"]):
         states = methods.sample(
             judged.spec, judged.run.nets, label, sampler="rollout", n_steps=GUIDED_STEPS,
             generator=runtime.generator("sample", seed, device=device),

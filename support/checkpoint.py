@@ -23,7 +23,7 @@ import data
 import methods
 import model
 from support import exports, hub
-from support.runtime import first_line, one_line_errors
+from support.runtime import first_line, one_line_errors, place
 
 KEYS = ("it", "config", "meta", "world_size", "nets", "ema", "optimizers")
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -343,11 +343,13 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
     folder = hub.local_folder(folder)
     state = load_averages(folder)
     spec = methods.spec_of(state["config"], state["meta"])
+    device = torch.device(device)
     nets = methods.build(spec)
     for name, net in nets.items():
         net.load_state_dict(state["ema"][name])
-        net.to(device).eval().requires_grad_(False)
-    return Run(spec, nets, folder, state["it"], torch.device(device))
+        net.eval().requires_grad_(False)
+    place(nets, device)
+    return Run(spec, nets, folder, state["it"], device)
 
 
 # Exported runs

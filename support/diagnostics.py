@@ -16,6 +16,7 @@ from diffusion import objectives, processes
 from diffusion.decoding import sample_categorical
 from diffusion.processes import corrupt, split_planner_denoiser, stratified_t
 from support import runtime
+from support.attention import as_on_gpu
 from support.checkpoint import Run
 from support.chunked_head import chunk_size
 
@@ -30,15 +31,33 @@ class Cost(NamedTuple):
     """Of a micro-step."""
     n_params: int
     bytes: dict[str, int]               # by purpose
-    flops: float
-    flops_per_s: float                  # that a block reached forward and backward
+    flops: int
 
 
-def time_block(block: model.Block, shape: model.Shape, batch: int, device: torch.device,
-               autocast: torch.autocast) -> tuple[int, float]:
-    """Run a block forward and backward.  -> bytes that autograd kept, but for weights; seconds"""
-    n = shape.n_patches
-    rope = [[torch.ones(n, shape.head_dim // 2, device=device)] * 2] * 2
+class Gpu(NamedTuple):
+    flops_per_s: float                  # published peak of dense bfloat16 products, sums in float32
+    bytes: float
+
+
+GPUS = {
+    # NVIDIA A100 Tensor Core GPU Datasheet, 80GB SXM
+    "a100": Gpu(312e12, 80e9),
+    # NVIDIA H100 Tensor Core GPU Datasheet, SXM: half of 1,979, which is with sparsity
+    "h100": Gpu(989e12, 80e9),
+    # NVIDIA H200 Tensor Core GPU Datasheet, SXM: half of 1,979, which is with sparsity
+    "h200": Gpu(989e12, 141e9),
+    # NVIDIA HGX B200, an eighth: half of 36 PFLOPS with sparsity, and 1.4 TB
+    "b200": Gpu(2250e12, 180e9),
+    # NVIDIA L4 Tensor Core GPU Datasheet: half of 242, which is with sparsity
+    "l4": Gpu(121e12, 24e9),
+    # NVIDIA Ada GPU Architecture, white paper, GeForce RTX 4090: without sparsity
+    "rtx4090": Gpu(165.2e12, 24e9),
+}
+
+
+def bytes_kept(block: model.Block, shape: model.Shape, batch: int, device: torch.device,
+               autocast: torch.autocast) -> int:
+    """Bytes that autograd keeps of a block between its passes, but for weights."""
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept = {}
 
@@ -47,15 +66,36 @@ def time_block(block: model.Block, shape: model.Shape, batch: int, device: torch
         kept[storage.data_ptr()] = storage.nbytes()
         return y
 
-    x = torch.randn(batch, n, shape.n_embd, device=device, requires_grad=True)
-    label_tokens = torch.randn(batch, model.N_LABEL_TOKENS, shape.n_embd, device=device)
-    began = time.perf_counter()
+    inputs = inputs_of_block(shape, batch, device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y), autocast:
-        y = block(x, label_tokens, rope)
-    y.sum().backward()
-    x.grad.sum().item()  # waits for the device
-    seconds = time.perf_counter() - began
-    return sum(size for where, size in kept.items() if where not in weights), seconds
+        y = block(*inputs)
+    assert y.grad_fn                                    # alive while counted
+    return sum(size for where, size in kept.items() if where not in weights)
+
+
+def inputs_of_block(shape: model.Shape, batch: int, device: torch.device) -> tuple:
+    rope = [[torch.ones(shape.n_patches, shape.head_dim // 2, device=device)] * 2] * 2
+    x = torch.randn(batch, shape.n_patches, shape.n_embd, device=device, requires_grad=True)
+    label_tokens = torch.randn(batch, model.N_LABEL_TOKENS, shape.n_embd, device=device)
+    return x, label_tokens, rope
+
+
+def measured_rate(
+    shape: model.Shape, batch_size: int, device: torch.device, autocast: torch.autocast,
+) -> float:
+    """FLOP/s that a block reaches forward and backward, in the best of three turns."""
+    block = model.Block(shape).to(device)
+    batch = max(1, min(batch_size, 4096 // shape.n_patches))
+    times = []
+    for _ in range(3):
+        x, *others = inputs_of_block(shape, batch, device)
+        began = time.perf_counter()
+        with autocast:
+            y = block(x, *others)
+        y.sum().backward()
+        x.grad.sum().item()                             # waits for the device
+        times.append(time.perf_counter() - began)
+    return 3 * flops_of_block(shape) * batch / min(times)
 
 
 def cost_of_step(
@@ -63,17 +103,13 @@ def cost_of_step(
 ) -> Cost:
     """What a micro-step of batch_size sequences takes. One block is run for it on the spot."""
     shape = spec.shape
-    n = shape.n_patches
     with torch.device("meta"):
         nets = methods.build(spec)
     n_params = sum(p.numel() for net in nets.values() for p in net.parameters())
 
     block = model.Block(shape).to(device)
-    kept_by_one, _ = time_block(block, shape, 1, device, autocast)
-    kept_by_two, _ = time_block(block, shape, 2, device, autocast)
-    kept_per_sequence = kept_by_two - kept_by_one
-    batch = max(1, min(batch_size, 4096 // n))
-    seconds = min(time_block(block, shape, batch, device, autocast)[1] for _ in range(3))
+    kept_by_two = bytes_kept(block, shape, 2, device, autocast)     # one alone keeps more views
+    kept_per_sequence = bytes_kept(block, shape, 3, device, autocast) - kept_by_two
 
     logits = 0
     for net in nets.values():
@@ -81,10 +117,10 @@ def cost_of_step(
         # logits, their log-softmax, its gradient
         logits = max(logits, 3 * 4 * n_logits * net.head.out_features)
     # one network at a time
-    kept_by_block = kept_per_sequence * batch_size + (kept_by_one - kept_per_sequence)
+    kept_by_block = kept_by_two + (batch_size - 2) * kept_per_sequence
     kept = shape.n_layer * kept_by_block
     if spec.config["recompute"]:
-        kept = kept_by_block + 4 * shape.n_layer * batch_size * n * shape.n_embd
+        kept = kept_by_block + 4 * shape.n_layer * batch_size * shape.n_patches * shape.n_embd
     sizes = {
         "weights": 4 * n_params,
         "gradients": 4 * n_params,
@@ -93,8 +129,15 @@ def cost_of_step(
         "activations": kept,
         "logits": logits,
     }
-    flops_per_s = 3 * flops_of_block(shape) * batch / seconds
-    return Cost(n_params, sizes, flops_of_step(spec, nets, batch_size), flops_per_s)
+    return Cost(n_params, sizes, flops_of_step(spec, nets, batch_size))
+
+
+def cost_on_gpu(spec: methods.Spec, batch_size: int) -> Cost:
+    """As cost_of_step on a GPU in bfloat16, for which a block is run on the CPU by its kernel."""
+    with as_on_gpu():
+        return cost_of_step(
+            spec, batch_size, torch.device("cpu"), torch.autocast("cpu", torch.bfloat16)
+        )
 
 
 def n_loss_tokens(net: model.Transformer, nets: dict[str, model.Transformer], batch: int) -> int:
@@ -125,21 +168,58 @@ def flops_of_step(spec: methods.Spec, nets: dict[str, model.Transformer], batch:
 def dry_run(cfg: config.Config, spec: methods.Spec) -> None:
     """Print what this config takes, and train nothing."""
     device = runtime.pick_device()
-    cost = cost_of_step(spec, cfg.batch_size, device, runtime.autocast(device, cfg.dtype))
+    autocast = runtime.autocast(device, cfg.dtype)
+    if cfg.gpu:
+        cost = cost_on_gpu(spec, cfg.batch_size)
+    else:
+        cost = cost_of_step(spec, cfg.batch_size, device, autocast)
     print(
         f"{cfg.data}: {describe_data(spec)}; {cost.n_params / 1e6:.2f} M parameters; "
         f"batch {cfg.batch_size} per process"
     )
     parts = [f"{name} {size / 2**30:.2f}" for name, size in cost.bytes.items()]
-    print(f"memory per process: {sum(cost.bytes.values()) / 2**30:.2f} GiB = " + " + ".join(parts))
+    n_bytes = sum(cost.bytes.values())
+    print(f"memory per process: {n_bytes / 2**30:.2f} GiB = " + " + ".join(parts))
     flops = cost.flops * cfg.grad_accumulation_steps
-    seconds = flops / cost.flops_per_s
+    if cfg.gpu:
+        print_estimate(cfg, flops, n_bytes)
+        return
+    flops_per_s = measured_rate(spec.shape, cfg.batch_size, device, autocast)
+    seconds = flops / flops_per_s
     print(
         f"time per iteration: {seconds:.3g} s = {flops / 1e12:.3g} TFLOP at "
-        f"{cost.flops_per_s / 1e12:.3g} TFLOP/s, "
+        f"{flops_per_s / 1e12:.3g} TFLOP/s, "
         f"measured on one block on this {device.type}; all {cfg.max_iters}: "
-        f"{cfg.max_iters * seconds / 3600:.2g} hours"
+        f"{hours(cfg.max_iters * seconds)}"
     )
+
+
+def print_estimate(cfg: config.Config, flops: int, n_bytes: int) -> None:
+    """Print memory and time of a process on cfg.gpu.  flops of an iteration, n_bytes at once"""
+    gpu = GPUS[cfg.gpu]
+    if n_bytes < gpu.bytes:
+        verdict = "fits, if CUDA itself takes no more than the rest"
+    else:
+        verdict = "does not fit; --recompute or a smaller --batch-size may"
+    print(f"{n_bytes / 1e9:.1f} GB of the {gpu.bytes / 1e9:.0f} GB of a {cfg.gpu}: {verdict}")
+    rate = cfg.utilization * gpu.flops_per_s
+    seconds = flops / rate
+    total = cfg.max_iters * seconds
+    print(
+        f"estimate, not measured: {seconds:.3g} s per iteration = {flops / 1e12:.3g} TFLOP at "
+        f"{rate / 1e12:.3g} TFLOP/s, {cfg.utilization:.0%} (an assumption) of the "
+        f"{gpu.flops_per_s / 1e12:.0f} published for dense bfloat16"
+    )
+    n_sequences = cfg.n_gpus * cfg.batch_size * cfg.grad_accumulation_steps
+    print(
+        f"{cfg.n_gpus} x {cfg.gpu}, {n_sequences} sequences per iteration: all {cfg.max_iters} "
+        f"iterations in {hours(total)}, {hours(cfg.n_gpus * total)} of GPU; validations come on top"
+    )
+
+
+def hours(seconds: float) -> str:
+    n_hours = seconds / 3600
+    return f"{n_hours:,.0f} hours" if n_hours > 10 else f"{n_hours:.2g} hours"
 
 
 def describe_data(spec: methods.Spec) -> str:
@@ -266,7 +346,8 @@ def planner_predictions(
     token is noise. x0 (n, N), label (n,) on the CPU  ->  {"corrupted" or "in use": (3, n * N) of t,
     p_noise, is_noise}
     """
-    spec, nets, device = run.spec, run.nets, run.device
+    spec, nets = run.spec, run.nets
+    device = runtime.device_of_doubles(run.device)
     n = len(x0)
     rng = runtime.generator("planner")
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
@@ -281,7 +362,7 @@ def planner_predictions(
     for i in torch.arange(n).split(batch):
         x, is_noise = (y.to(device) for y in corrupt(x0[i], t[i], noise, rng))
         clean, level, given_label = x0[i].to(device), t[i].to(device), label[i].to(device)
-        with runtime.autocast(device, spec.config["dtype"]):
+        with runtime.autocast(run.device, spec.config["dtype"]):
             p_noise = ask(x, level, given_label)
             out["corrupted"].append(columns(level, p_noise, is_noise))
             x_input = x.masked_fill(is_noise, spec.vocab) if spec.noise.only_masks else x

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 WATCH_S = 5             # seconds between looks whether torchrun's agent is alive
 BEAT_S = 5              # seconds between signs of life of rank 0 while it works alone
@@ -47,6 +48,10 @@ def start(dtype: str = "auto", timeout_minutes: int = 30) -> World:
     device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "mps":
+        print("an Apple GPU has no float64: samplers and bounds ask its networks from the CPU")
+    elif device.type == "cpu" and torch.backends.mps.is_available() and rank == 0 < size - 1:
+        print("several processes cannot share an Apple GPU: they run on the CPU")
     torch.set_float32_matmul_precision(float32_precision(dtype))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         leave_with_agent()
@@ -173,17 +178,52 @@ def leave_without_shutdown() -> None:
 
 
 def pick_device(local_rank: int = 0) -> torch.device:
-    return (
-        torch.device("cuda", local_rank)
-        if torch.cuda.device_count() > local_rank
-        else torch.device("cpu")
-    )
+    """A CUDA GPU of this process's own, else an Apple GPU for a process that is alone, else the
+    CPU; NANODDPD_DEVICE=cpu in the environment asks for the CPU."""
+    asked = os.environ.get("NANODDPD_DEVICE", "")
+    if asked not in ("", "cpu"):
+        raise SystemExit(f"NANODDPD_DEVICE is {asked}; only cpu can be asked for")
+    if asked == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.device_count() > local_rank:
+        return torch.device("cuda", local_rank)
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1    # gloo moves no tensors of Apple GPUs
+    if torch.backends.mps.is_available() and is_alone:
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def device_of_doubles(device: torch.device) -> torch.device:
+    """Where samplers and bounds compute: the device of the networks, or the CPU where that has no
+    float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def place(nets: dict[str, nn.Module], device: torch.device) -> None:
+    """Move networks to a device. On one without float64 they are asked from the CPU, and answer
+    there."""
+    for net in nets.values():
+        net.to(device)
+        if device_of_doubles(device) != device:
+            net.register_forward_pre_hook(move_inputs)
+            net.register_forward_hook(move_output)
+
+
+def move_inputs(net: nn.Module, inputs: tuple) -> tuple:
+    device = next(net.parameters()).device
+    return tuple(y.to(device) if isinstance(y, Tensor) else y for y in inputs)
+
+
+def move_output(net: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return output.to(device_of_doubles(output.device))
 
 
 def device_name(device: torch.device) -> str:
     """The device in words, for tables."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU, {platform.machine()}"
     return f"cpu, {torch.get_num_threads()} threads"
 
 
@@ -205,6 +245,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Does the device multiply bfloat16 natively? (Emulated, it is slower than float32.)"""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 

@@ -91,7 +91,7 @@ def draw_batch(
 
     on_step is called after each step
     """
-    device = run.device
+    device = runtime.device_of_doubles(run.device)
     index = torch.arange(rows.start, rows.stop, device=device)
     label, known_tokens, known = (
         None if y is None else torch.as_tensor(y[rows.start:rows.stop]).to(device)
@@ -105,7 +105,7 @@ def draw_batch(
     began = time.perf_counter()
     with (
         runtime.one_line_errors(ValueError),
-        runtime.autocast(device, run.spec.config["dtype"]),
+        runtime.autocast(run.device, run.spec.config["dtype"]),
     ):
         x = methods.starting_tokens(
             run.spec, label, streams, request.sampler, known, known_tokens, n_frames

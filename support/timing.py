@@ -50,11 +50,12 @@ def sample_ours(settings: dict[str, Any], patch: int) -> Callable[[], None]:
     """A step of the method's first sampler; planned denoising writes n_sites tokens in it."""
     cfg, spec = our_run(settings, patch)
     device = runtime.pick_device()
-    nets = {name: net.to(device).requires_grad_(False)
-            for name, net in methods.build(spec).items()}
+    nets = {name: net.requires_grad_(False) for name, net in methods.build(spec).items()}
+    runtime.place(nets, device)
     runtime.freeze(nets, device, cfg.dtype)
-    label = (torch.arange(cfg.batch_size) % max(1, spec.n_classes)).to(device)
-    generator = torch.Generator(device).manual_seed(0)
+    home = runtime.device_of_doubles(device)
+    label = (torch.arange(cfg.batch_size) % max(1, spec.n_classes)).to(home)
+    generator = torch.Generator(home).manual_seed(0)
     options = dict(n_steps=1000)
     if next(iter(spec.method.samplers)) == "ddpd":
         options |= dict(schedule="fixed", k=settings["n_sites"])

@@ -125,7 +125,8 @@ def build_training(
 ) -> Training:
     """As at the start of training, or as saved."""
     torch.manual_seed(cfg.seed)
-    nets = {name: net.to(device) for name, net in methods.build(spec).items()}
+    nets = methods.build(spec)
+    runtime.place(nets, device)
     ema = {name: copy.deepcopy(net).requires_grad_(False) for name, net in nets.items()}
     lrs = {"planner": cfg.planner_lr, "denoiser": cfg.denoiser_lr}
     optimizers = {}
@@ -186,6 +187,8 @@ def learners_of(
     learners = {}
     for name, net in training.nets.items():
         net.recompute = cfg.recompute
+        if cfg.compile and world.device.type == "mps":
+            raise SystemExit("--compile is for CUDA GPUs and CPUs: leave it out on an Apple GPU")
         if cfg.compile:
             net.hidden = torch.compile(net.hidden)
         learners[name] = Learner(net)

@@ -85,7 +85,7 @@ def validate(cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], 
     scores = {}
     for name, parts in rows.items():
         scores |= summarise(torch.cat(parts).double(), name, metrics[name])
-    x0, label = x0.to(device), label.to(device)
+    x0, label = (y.to(runtime.device_of_doubles(device)) for y in (x0, label))
     known = data.context_mask(spec.meta, x0, cfg.context_frames)
     with runtime.autocast(device, cfg.dtype):
         bounds = methods.bits_per_token(
@@ -180,14 +180,15 @@ def draw_samples(
 ) -> None:
     """samples.png of n samples, classes in turn, by the method's first sampler; with its video
     for wandb."""
-    label = torch.arange(n, device=device) % max(1, spec.n_classes)
+    home = runtime.device_of_doubles(device)
+    label = torch.arange(n, device=home) % max(1, spec.n_classes)
     real, real_label = (
-        torch.from_numpy(y).to(device) for y in split.spread_subset(n)
+        torch.from_numpy(y).to(home) for y in split.spread_subset(n)
     )
     known = data.context_mask(spec.meta, real, cfg.context_frames)
     if known is not None:
         label = real_label
-    rng = runtime.generator("pictures", device=device)
+    rng = runtime.generator("pictures", device=home)
     sampler = next(iter(spec.method.samplers))
     n_steps = N_STEPS_PER_FRAME if spec.is_video else N_STEPS
     with runtime.autocast(device, cfg.dtype):

@@ -4,17 +4,21 @@
         x = torch.zeros(3, device=device)       # x.device == device
         x + torch.zeros(3)                      # RuntimeError: another device
 
+    with pretended_device("mps") as device:     # as an Apple GPU, without float64
+        torch.zeros(3, device=device).double()  # TypeError
+
 Every operation on its tensors runs on the CPU, after a check that its tensors and its generator
 are of one device by the rules of CUDA. The check sits below autograd, so backward passes and fused
 optimizers are checked too. What cannot be pretended:
 
 - autocast: matrix products stay in float32
-- branches for device.type == "cuda", such as pinned memory; kernels that a device lacks
+- branches for device.type == "cuda", such as pinned memory; most kernels that a device lacks
 - Module.to makes new Parameters, where CUDA would keep them: move networks before optimizers
 - a list as an index, and changes of shape in place: errors here
 - what C++ answers without an operation: is_cuda, is_cpu, get_device() and data_ptr() are wrong
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,9 +32,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 aten = torch.ops.aten
 
-PRETENDED = torch.device("mps", 0)      # its name alone is used: PyTorch knows it everywhere
-# What stands for it in C++: autograd makes zeros on "meta"
-NAMES = (PRETENDED.type, "meta")
+PRETENDED = torch.device("xpu", 0)      # its name alone is used: PyTorch knows it everywhere
+# "mps" has no float64, and by native_functions.yaml of PyTorch 2.6 and 2.13 none of these kernels
+MISSING = {aten.logspace.default}
 COPIES = {aten.copy_.default}           # between any two devices
 TAKE_INDICES = {
     aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
@@ -42,7 +46,6 @@ class Pretended(Tensor):
     """A tensor of the pretended device, around one on the CPU."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-    device = PRETENDED
     is_meta = False
 
     @staticmethod
@@ -53,6 +56,10 @@ class Pretended(Tensor):
         )
         self.on_cpu = on_cpu
         return self
+
+    @property
+    def device(self):
+        return PRETENDED
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -78,7 +85,7 @@ class Generator(torch.Generator):
     """As torch.Generator, for the pretended device too."""
 
     def __new__(cls, device="cpu"):
-        is_pretended = torch.device(device).type in NAMES
+        is_pretended = is_name(torch.device(device))
         self = super().__new__(cls, "cpu" if is_pretended else device)
         self.claimed = PRETENDED if is_pretended else torch.device(device)
         return self
@@ -93,7 +100,7 @@ def pretend(func, args: tuple, kwargs: dict[str, Any]):
     leaves, tree = tree_flatten((args, kwargs))
     ours = [y for y in leaves if isinstance(y, Pretended)]
     device = kwargs.get("device")                       # of the result
-    is_ours = bool(ours) if device is None else device.type in NAMES
+    is_ours = bool(ours) if device is None else is_name(device)
     if not ours and not is_ours:
         return func(*args, **kwargs)
     if ours and any(map(is_foreign, leaves)):
@@ -105,6 +112,8 @@ def pretend(func, args: tuple, kwargs: dict[str, Any]):
     if device is not None:
         kwargs["device"] = "cpu"
     out = func(*args, **kwargs)
+    if PRETENDED.type == "mps" and (device is None or device.type != "meta"):
+        refuse_missing(func, tree_leaves(out) + (on_cpu if ours else []))
     wrappers = {id(y.on_cpu): y for y in ours}
 
     def wrap(y):
@@ -115,6 +124,19 @@ def pretend(func, args: tuple, kwargs: dict[str, Any]):
         return own
 
     return tree_map_only(Tensor, wrap, out) if is_ours else out
+
+
+def is_name(device: torch.device) -> bool:
+    """Of the pretended device, or of what stands for it in C++: autograd makes zeros on "meta"."""
+    return device.type in (PRETENDED.type, "meta")
+
+
+def refuse_missing(func, leaves: list) -> None:
+    """Raise where an Apple GPU would: it has no float64, not even in a move to the CPU."""
+    if func in MISSING:
+        raise NotImplementedError(f"{func} is not implemented for the device {PRETENDED}")
+    if any(isinstance(y, Tensor) and y.dtype == torch.float64 for y in leaves):
+        raise TypeError(f"{func}: {PRETENDED} does not support float64")
 
 
 def is_foreign(y: Any) -> bool:
@@ -167,7 +189,13 @@ class Calls(TorchFunctionMode):
 
 
 @contextmanager
-def pretended_device() -> Iterator[torch.device]:
-    """A block in which this machine has the device that is yielded."""
-    with mock.patch.object(torch, "Generator", Generator), Operations(), Calls():
-        yield PRETENDED
+def pretended_device(name: str = "xpu") -> Iterator[torch.device]:
+    """A block in which this machine has the device that is yielded; "mps" has no float64."""
+    device = torch.device(name, 0)
+    with (
+        mock.patch.object(sys.modules[__name__], "PRETENDED", device),
+        mock.patch.object(torch.backends.mps, "is_macos_or_newer", lambda *version: False),
+        mock.patch.object(torch.xpu, "_lazy_init"),
+        mock.patch.object(torch, "Generator", Generator), Operations(), Calls(),
+    ):
+        yield device

@@ -4,7 +4,6 @@ that a machine without a GPU finds what would fail on one."""
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,9 +29,15 @@ VOCAB = 7
 VIDEO = (4, 2, 2)
 
 
+@pytest.fixture(scope="module", params=["xpu", "mps"])
+def name_of_device(request):
+    """As CUDA is, and as an Apple GPU is, without float64."""
+    return request.param
+
+
 @pytest.fixture
-def device():
-    with pretended_device() as device:
+def device(name_of_device):
+    with pretended_device(name_of_device) as device:
         yield device
 
 
@@ -40,7 +45,7 @@ def device():
 
 
 def other_generator(x: Tensor) -> torch.Generator:
-    return torch.Generator("cpu" if x.device.type != "cpu" else "mps")
+    return torch.Generator("cpu" if x.device.type != "cpu" else "xpu")
 
 
 MIXED = {
@@ -110,10 +115,30 @@ def test_a_generator_draws_on_its_own_device_alone(name, device):
     on_device = draw(device, torch.Generator(device).manual_seed(1))
     assert on_device.device == device
     assert torch.equal(on_device.cpu(), draw("cpu", torch.Generator().manual_seed(1)))
-    with pytest.raises(RuntimeError, match=r"a generator on mps:0, but that of .* is on cpu"):
+    with pytest.raises(RuntimeError, match=rf"a generator on {device}, but that of .* is on cpu"):
         draw(device, torch.Generator())
-    with pytest.raises(RuntimeError, match=r"a generator on cpu, but that of .* is on mps:0"):
+    with pytest.raises(RuntimeError, match=rf"a generator on cpu, but that of .* is on {device}"):
         draw("cpu", torch.Generator(device))
+
+
+DOUBLES = {
+    "made": lambda x: torch.zeros(2, dtype=torch.float64, device=x.device),
+    "from numpy": lambda x: torch.from_numpy(np.zeros(2)).to(x.device),
+    "cast": lambda x: x.double(),
+    "cast in a move": lambda x: x.to("cpu", torch.float64),
+    "sum": lambda x: x.sum(dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLES)
+def test_an_apple_gpu_has_no_float64(name):
+    """float32 leaves it first, and is cast then."""
+    with pretended_device("mps") as device:
+        x, y = pair_on(device)
+        with pytest.raises(TypeError, match="does not support float64"):
+            DOUBLES[name](x)
+        assert x.cpu().double().dtype == torch.float64
+        assert y.double().to(device, torch.float32).device == device
 
 
 def test_numbers_and_arrays_are_read_by_way_of_the_cpu(device):
@@ -265,9 +290,27 @@ def reward(x: Tensor) -> Tensor:
     return (x == 0).float().sum(1)
 
 
+# What differs on an Apple GPU is how networks are asked
+CASES_OF_APPLE = [
+    case for case in CASES
+    if (case[-1] and case[-2].keys() <= GENERAL.keys()) or "particles" in case[-2]
+]
+
+
 @pytest.mark.parametrize("case", CASES, ids=id_of_case)
-def test_a_sampler(case, device):
-    """All of its States are on the device; samples are tokens; known ones stay."""
+def test_a_sampler(case):
+    with pretended_device() as device:
+        sample_and_check(case, device, device)
+
+
+@pytest.mark.parametrize("case", CASES_OF_APPLE, ids=id_of_case)
+def test_a_sampler_on_an_apple_gpu(case):
+    with pretended_device("mps") as device:
+        sample_and_check(case, device, torch.device("cpu"))
+
+
+def sample_and_check(case: tuple, device: torch.device, home: torch.device) -> None:
+    """All of its States are at home; samples are tokens; known ones stay."""
     name, flags, sampler, options, is_known = case
     spec = tiny_spec(name, vocab=VOCAB, **flags)
     options = dict(options)
@@ -280,16 +323,16 @@ def test_a_sampler(case, device):
         x0 = x0.repeat(1, 2)[:, :n_tokens]
         known = torch.arange(n_tokens).expand(x0.shape) < spec.shape.frame_size
     if is_known or sampler == "self_correct":
-        options["known_tokens"] = x0.to(device)
+        options["known_tokens"] = x0.to(home)
     if is_known:
-        options["known"] = known.to(device)
-    rng = runtime.generator("test", device=device)
+        options["known"] = known.to(home)
+    rng = runtime.generator("test", device=home)
     states = list(methods.sample(
-        spec, nets_on(device, spec), label.to(device), sampler=sampler, n_steps=N_STEPS,
+        spec, nets_on(device, spec), label.to(home), sampler=sampler, n_steps=N_STEPS,
         generator=rng, **options,
     ))
     for state in states:
-        assert all(y.device == device for y in state)
+        assert all(y.device == home for y in state)
     x = states[-1].x.cpu()
     assert 0 <= x.min() and x.max() < VOCAB
     if is_known:
@@ -307,7 +350,7 @@ def test_bits_per_token(name, flags, n_distinct, device):
     x0, label, known = batch_of(spec)
 
     def bits_on(device):
-        batch = (y.to(device) for y in (x0, label, known))
+        batch = (y.to(runtime.device_of_doubles(device)) for y in (x0, label, known))
         rng = torch.Generator("cpu").manual_seed(4)
         return methods.bits_per_token(
             spec, nets_on(device, spec), *batch, rng, n_distinct=n_distinct
@@ -315,15 +358,15 @@ def test_bits_per_token(name, flags, n_distinct, device):
 
     bits = bits_on(device)
     assert bits
-    for name_of_bound, pair in bits_on("cpu").items():
+    for name_of_bound, pair in bits_on(torch.device("cpu")).items():
         assert bits[name_of_bound] == pytest.approx(pair, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, name_of_device):
     """Runs of two iterations, trained, validated and sampled on the pretended device."""
-    folder = tmp_path_factory.getbasetemp() / "test_devices"
-    folder.mkdir(exist_ok=True)
+    folder = tmp_path_factory.getbasetemp() / "test_devices" / name_of_device
+    folder.mkdir(parents=True, exist_ok=True)
     video = ["--method", "forcing", "--data", "bounce", "--context-frames", 2]
     flags = {
         "pair": [],
@@ -331,7 +374,7 @@ def runs(tmp_path_factory):
         "gidd": ["--method", "gidd"],
         "video": [*video, "--eval-sequences", 4],
     }
-    with pretended_device() as device, pytest.MonkeyPatch.context() as patch:
+    with pretended_device(name_of_device) as device, pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(runtime, "pick_device", lambda *rank: device)
         patch.setattr(support.validate, "N_STEPS", 2)
@@ -339,18 +382,18 @@ def runs(tmp_path_factory):
         for name, of_run in flags.items():
             for n_iters in (1, 2):
                 train_ddpd.main(tiny_config(name, *of_run, "--max-iters", n_iters))
-    return list(flags)
+    return {name: folder / "out" / name for name in flags}
 
 
-def test_a_run_is_trained_validated_and_resumed(runs):
-    for name in runs:
-        lines = Path(f"out/{name}/log.jsonl").read_text().splitlines()
+def test_a_run_is_trained_validated_and_resumed(runs, name_of_device):
+    for run in runs.values():
+        lines = (run / "log.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines]
-        assert [row["device"] for row in log if "device" in row] == ["mps:0", "mps:0"]
+        assert [row["device"] for row in log if "device" in row] == [f"{name_of_device}:0"] * 2
         assert sum("denoiser_loss" in row for row in log) == 2
         bits = [value for row in log for key, value in row.items() if "_bits_" in key]
         assert bits and all(map(math.isfinite, bits))
-        assert Path(f"out/{name}/samples.png").exists()
+        assert (run / "samples.png").exists()
 
 
 def test_validation_in_chunks(runs, device, monkeypatch):
@@ -370,7 +413,7 @@ def judged(runs, device, monkeypatch):
     """-> a function: name of a run -> Judged, its networks on the device"""
     monkeypatch.setattr(evaluate, "N_BITS", 16)
     monkeypatch.setattr(evaluate, "N_BITS_VIDEO", 16)
-    return lambda name: evaluate.Judged(f"out/{name}", device)
+    return lambda name: evaluate.Judged(runs[name], device)
 
 
 @pytest.mark.parametrize("name", ["pair", "single", "gidd", "video"])
@@ -421,3 +464,11 @@ def test_a_planner_is_judged(name, judged):
     for part in ("corrupted", "in use"):
         assert predictions[part].shape == (3, 10 * 64)
         assert np.isfinite(predictions[part]).all()
+
+
+def test_an_apple_gpu_compiles_nothing():
+    with pretended_device("mps") as device:
+        training = training_on(device, tiny_spec("gidd"))
+        cfg = config.Config(compile=True)
+        with pytest.raises(SystemExit, match="leave it out on an Apple GPU"):
+            train_ddpd.learners_of(cfg, training, runtime.World(0, 1, device))

@@ -177,7 +177,7 @@ def test_levels_do_not_drown_tokens():
     spec = tiny_spec("gidd", SHAPE.grid, SHAPE.vocab, n_embd=512, n_head=8, base_width=32)
     net = methods.build(spec)["denoiser"]
     t = torch.linspace(0, 1, 101)[:, None]
-    level = net.t_proj(level_features(t))
+    level = net.t_proj(level_features(t, net.frequency))
     assert level.square().mean().sqrt().item() == pytest.approx(EMBED_STD, rel=0.1)
     assert net.tok_emb.weight.square().mean().sqrt().item() == pytest.approx(EMBED_STD, rel=0.1)
     assert torch.cosine_similarity(level[1:], level[:-1], -1).min() > 0.95

@@ -51,7 +51,8 @@ def network_by_hand(net, x, t, label):
     residual = []
     for n, tokens in enumerate(patches):
         parts = [p["tok_emb.weight"][x[i]] for i in tokens]
-        levels = [p["t_proj.weight"] @ level_features(t[i].view(1, 1))[0, 0] for i in tokens]
+        levels = [p["t_proj.weight"] @ level_features(t[i].view(1, 1), net.frequency)[0, 0]
+                  for i in tokens]
         residual.append(torch.cat(parts) + p["pos_emb.weight"][n] + torch.cat(levels))
     projected = [p["blocks.0.in_proj.weight"] @ norm(y) for y in residual]
     label_tokens = norm(p["label_emb.weight"][label].view(4, d))

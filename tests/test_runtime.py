@@ -96,6 +96,36 @@ def test_a_silent_rank_0_is_not_waited_for(monkeypatch):
         ranks.wait()
 
 
+def test_which_device_is_picked(monkeypatch):
+    """CUDA before an Apple GPU before the CPU; several processes share no Apple GPU."""
+    def type_for(n_gpus, has_apple_gpu, n_processes=1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_apple_gpu)
+        monkeypatch.setenv("WORLD_SIZE", str(n_processes))
+        return runtime.pick_device().type
+
+    assert type_for(0, False) == "cpu"
+    assert type_for(1, True) == "cuda"
+    assert type_for(0, True) == "mps"
+    assert type_for(0, True, n_processes=2) == "cpu"
+    monkeypatch.setenv("NANODDPD_DEVICE", "cpu")
+    assert type_for(1, False) == type_for(0, True) == "cpu"
+    monkeypatch.setenv("NANODDPD_DEVICE", "gpu")
+    with pytest.raises(SystemExit, match="only cpu can be asked for"):
+        runtime.pick_device()
+
+
+def test_bfloat16_on_an_apple_gpu(monkeypatch):
+    """From macOS 14 on, as PyTorch has it."""
+    apple_gpu = torch.device("mps")
+    for version, dtype in [((14, 0), torch.bfloat16), ((13, 3), torch.float32)]:
+        monkeypatch.setattr(
+            torch.backends.mps, "is_macos_or_newer",
+            lambda *least, version=version: version >= least,
+        )
+        assert runtime.matmul_dtype(apple_gpu) == dtype
+
+
 def test_float32_means_float32(monkeypatch):
     """TF32 is for bfloat16's sake: --dtype float32 has no part in it."""
     for dtype, precision in [("float32", "highest"), ("auto", "high"), ("bfloat16", "high")]:

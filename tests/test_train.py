@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -327,13 +328,14 @@ def test_a_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_dry_runs_activations_are_those_of_a_step():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dry_runs_activations_are_those_of_a_step(dtype):
     """Bytes that autograd keeps in a network's forward pass, but for weights and the head, agree
-    with the estimate."""
+    with the estimate; in bfloat16 attention runs in blocks."""
     cfg = tiny("bytes", "--n-embd", 64, "--n-layer", 3, "--vocab", 50, "--grid", 12, 12)
     spec = spec_of(cfg, training.stated_meta(cfg))
     cpu = torch.device("cpu")
-    cost = diagnostics.cost_of_step(spec, 4, cpu, runtime.autocast(cpu, "float32"))
+    cost = diagnostics.cost_of_step(spec, 4, cpu, runtime.autocast(cpu, dtype))
     nets = methods.build(spec)
     kept = {}
 
@@ -345,12 +347,66 @@ def test_the_dry_runs_activations_are_those_of_a_step():
     x = torch.zeros(4, 144).long()
     t = torch.ones(4, 1)
     label = torch.zeros(4).long()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y)
+    with hooks, runtime.autocast(cpu, dtype):
         output = nets["denoiser"].hidden(x, t, label)                   # alive while counted
     assert output.shape == (4, 144, 64)
     own = {p.untyped_storage().data_ptr() for net in nets.values() for p in net.parameters()}
     n_bytes = sum(size for where, size in kept.items() if where not in own)
     assert cost.bytes["activations"] == pytest.approx(n_bytes, rel=0.1)
+
+
+def said_of_gpu(capsys, *flags):
+    stated = ["--data", "imagenet", "--vocab", 1000, "--n-classes", 7, "--grid", 16, 16]
+    train_ddpd.main(tiny_config("gpu", *stated, "--max-iters", 1000, "--dry-run", *flags))
+    return capsys.readouterr().out
+
+
+def test_the_time_on_a_gpu_is_estimated(capsys):
+    """Work over the share of the peak that is assumed; GPUs add sequences and hours of GPU."""
+    said = said_of_gpu(capsys, "--gpu", "h100")
+    assert "estimate, not measured" in said
+    pattern = r"measured: (\S+) s .* = (\S+) TFLOP at (\S+) TFLOP/s, (\d+)% .* the (\d+)"
+    seconds, flops, rate, share, peak = map(float, re.search(pattern, said).groups())
+    assert (share, peak) == (35, 989)
+    assert rate == pytest.approx(0.35 * 989, rel=0.01)
+    assert seconds == pytest.approx(flops / rate, rel=0.01)
+    eight = said_of_gpu(capsys, "--gpu", "h100", "--n-gpus", 8, "--utilization", 0.7)
+    half = float(re.search(r"measured: (\S+) s per", eight)[1])
+    assert half == pytest.approx(seconds / 2, rel=0.01)
+    assert "8 x h100, 32 sequences per iteration" in eight
+    assert "fits" in said
+    assert "does not fit" in said_of_gpu(capsys, "--gpu", "l4", "--batch-size", 10**6)
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--gpu", "h100"], "gpu = h100 is for --dry-run"),
+    (["--dry-run", "--n-gpus", 2], "n_gpus belongs to --dry-run --gpu"),
+    (["--utilization", 0.5], "utilization belongs to --dry-run --gpu"),
+    (["--dry-run", "--gpu", "h100", "--dtype", "float32"], "bfloat16"),
+])
+def test_flags_of_the_estimate_belong_to_it(flags, complaint):
+    assert complaint in refusal(tiny_config, "estimate", *flags)
+
+
+def test_headers_of_configs_say_what_the_dry_run_says():
+    """GiB and TFLOP per iteration and process, of those that state their data; GiB in recipes.md
+    too."""
+    recipes = (ROOT / "docs" / "recipes.md").read_text()
+    n_found = 0
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        said = re.search(r"(\S+) GiB and (\S+) TFLOP per iteration", path.read_text())
+        if not said:
+            continue
+        n_found += 1
+        cfg = config.load(argv=[str(path)])
+        spec = spec_of(cfg, training.stated_meta(cfg))
+        cost = diagnostics.cost_on_gpu(spec, cfg.batch_size)
+        assert said[1] == f"{sum(cost.bytes.values()) / 2**30:.1f}", path.stem
+        assert said[2] == f"{cost.flops * cfg.grad_accumulation_steps / 1e12:.3g}", path.stem
+        row = re.search(rf"\n\|.*configs/{path.stem}\.py.*\| (\S+) GiB \|", recipes)
+        assert row[1] == said[1], path.stem
+    assert n_found >= 3
 
 
 def test_recomputed_activations_are_not_kept_and_change_nothing():
