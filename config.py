@@ -542,8 +542,8 @@ def check_values(cfg: Config) -> Config:
         )
     if cfg.on_policy and (cfg.nets, cfg.denoiser_process) != ("pair", "mask"):
         raise SystemExit(
-            f"on_policy = {cfg.on_policy} needs nets = pair and denoiser_process = mask: a planner, "
-            "and masks for the denoiser to fill"
+            f"on_policy = {cfg.on_policy} needs nets = pair and denoiser_process = mask: "
+            "a planner, and masks for the denoiser to fill"
         )
     if cfg.nets == "single" and cfg.denoiser_process == "mask":
         raise SystemExit(
