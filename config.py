@@ -96,6 +96,9 @@ class MethodOptions:
     nets: Literal["pair", "single"] = "pair"
     # ddpd: the denoiser's noise; the planner sees the same, or uniform noise in place of masks
     denoiser_process: Literal["mask", "uniform"] = "mask"
+    # ddpd: share of the planner's rows that are masks filled by the averaged denoiser; needs nets
+    # pair and denoiser_process mask
+    on_policy: Share = 0.0
     # forcing: its noise; that of gidd is always hybrid, masks and uniform redraws
     process: Literal["hybrid", "uniform", "mask"] = "hybrid"
     p_uniform: float = 0.1                  # gidd, forcing: share redrawn at t = 1/2 if hybrid
@@ -113,7 +116,7 @@ class MethodOptions:
 
 # The flags above that each method reads; those of other methods must stay at their defaults
 READS = {
-    "ddpd": ("nets", "denoiser_process"),
+    "ddpd": ("nets", "denoiser_process", "on_policy"),
     "gidd": ("p_uniform", "weight", "clean_token_rate"),
     "forcing": (
         "process", "p_uniform", "weight", "clean_token_rate", "noise_granularity", "rollout_share",
@@ -198,6 +201,7 @@ class Config(
 class PlanFlags:
     """Planned denoising, sampler ddpd."""
     # sites per step, for ddpd spread (default), fixed, one or leap; the others are of confidence
+    # (default arccos) and p2 (default linear)
     schedule: Literal["spread", "fixed", "one", "leap", "arccos", "cosine", "linear"] | None = None
     k: int | None = None                    # sites per step of fixed, --refine and --correct; 1
     # sites in proportion to P(noise) (default), or to its odds
@@ -209,14 +213,15 @@ class PlanFlags:
 
 @dataclass(frozen=True)
 class MaskFlags:
-    """Samplers of a mask denoiser: confidence (MaskGIT) and remdm."""
+    """Samplers of a mask denoiser: confidence (MaskGIT), remdm and p2 (path planning)."""
     # confidence: keep the most confident tokens (default), or random ones
     order: Literal["confidence", "random"] | None = None
     noise: float | None = None              # confidence: Gumbel noise on the log-probability; 4.5
     temperature_end: float | None = None    # confidence: where the temperature ends; 0: it stays
     # remdm: which tokens are masked again; confidence is the default
     remask: Literal["confidence", "rescale", "cap"] | None = None
-    # remdm: how much of what may be masked again is; 1 for confidence, else 0.2
+    # remdm: how much of what may be masked again is; 1 for confidence, else 0.2.
+    # p2: how readily visible tokens are masked again; 1, 0: never
     eta: float | None = None
 
 
@@ -256,7 +261,7 @@ class SamplerFlags(DecodingFlags, RolloutFlags, MaskFlags, PlanFlags):
 
     GROUPS: typing.ClassVar = {
         "ddpd": PlanFlags,
-        "confidence_and_remdm": MaskFlags,
+        "confidence_remdm_and_p2": MaskFlags,
         "rollout": RolloutFlags,
         "decoding": DecodingFlags,
     }
@@ -547,6 +552,11 @@ def check_values(cfg: Config) -> Config:
         raise SystemExit(
             f"weight = {cfg.weight} learns nothing at level 1, where every rollout begins: "
             "use none or elbo"
+        )
+    if cfg.on_policy and (cfg.nets, cfg.denoiser_process) != ("pair", "mask"):
+        raise SystemExit(
+            f"on_policy = {cfg.on_policy} needs nets = pair and denoiser_process = mask: "
+            "a planner, and masks for the denoiser to fill"
         )
     if cfg.nets == "single" and cfg.denoiser_process == "mask":
         raise SystemExit(

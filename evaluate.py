@@ -210,6 +210,8 @@ def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
     if spec.is_video and spec.method.has_own_levels:
         return n_steps_of_rollout(row, judged, nfe, flags)
     calls = 1 if flags.guidance in (None, 1) else 2
+    if sampler_of(row) == "p2":
+        calls += 1
     if sampler_of(row) == "ddpd" and "planner" in spec.method.networks:
         calls += 1 if flags.planner_guidance in (None, 1) else 2
     if nfe < calls:

@@ -16,8 +16,10 @@ from torch import Tensor
 import model
 from diffusion import forcing, gidd, likelihood, objectives, samplers
 from diffusion.decoding import DECODING_NAMES, State
-from diffusion.processes import Noise, require_posterior, stratified_t
-from diffusion.randomness import Random
+from diffusion.processes import Noise, corrupt, require_posterior, stratified_t
+from diffusion.randomness import Random, Streams
+
+MAX_FILL_STEPS = 4      # in which masks are filled for a planner that learns on policy
 
 
 def no_noise(spec, nets, last, label, **options):
@@ -148,6 +150,26 @@ def make_tasks(
     return spec.method.tasks(spec, x0, t, label, known, generator)
 
 
+def fill_masks(
+    spec: Spec, denoiser: Callable, x0: Tensor, t: Tensor, label: Tensor, known: Tensor | None,
+    generator: torch.Generator, device: torch.device,
+) -> Tensor:
+    """Mask data at level t and let the denoiser fill it, in 1 to MAX_FILL_STEPS steps.  -> (B, N)
+
+    x0 (B, N), t (B, 1), label (B,), known (B, N) bool or None, and what is returned, are on the
+    host; the denoiser is on the device. The draws are those of streams, the same on any device.
+    """
+    x, _ = corrupt(x0, objectives.level_per_token(t, x0, known), spec.noise, generator)
+    n_steps = torch.randint(1, MAX_FILL_STEPS + 1, (), generator=generator).item()
+    seed = torch.randint(2**62, (), generator=generator).item()
+    streams = Streams(seed, torch.arange(len(x0), device=device))
+    states = samplers.ancestral(
+        denoiser, x.to(device), label.to(device), n_steps=n_steps, generator=streams,
+        **asdict(spec.noise),
+    )
+    return samplers.last(states).x.cpu()
+
+
 def bits_per_token(
     spec: Spec, nets: dict[str, Callable], x0: Tensor, label: Tensor, known: Tensor | None,
     generator: torch.Generator, n_distinct: int = 0, progress: Callable = iter,
@@ -183,6 +205,10 @@ def after_planned(spec, nets, last, label, **options):
         nets.get("planner"), nets["denoiser"], last, label,
         denoiser_process=spec.noise.process, **own,
     )
+
+
+def path_planned(spec, nets, x, label, **options):
+    return samplers.p2(nets["planner"], nets["denoiser"], x, label, vocab=spec.vocab, **options)
 
 
 def ancestral(kind):
@@ -263,6 +289,7 @@ METHODS = {
             "ancestral": ANCESTRAL,
             "confidence": Sampler(samplers.confidence, from_masks(samplers.confidence)),
             "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
+            "p2": Sampler(samplers.p2, path_planned, p_noise_after=after_planned),
         },
     ),
     # planner and denoiser on the same noise without masks
@@ -367,7 +394,7 @@ def p_noise_after(
 ) -> Tensor:
     """P(noise) of the tokens of sample()'s last State, for pictures.  -> (B, N)
 
-    Planner (ddpd) and self_correct are asked once more, a call that State.nfe does not count;
+    Planner (ddpd, p2) and self_correct are asked once more, a call that State.nfe does not count;
     other samplers end at noise level 0
     """
     chosen = find_sampler(spec, sampler)

@@ -98,6 +98,18 @@ def pair_tasks(
     }
 
 
+def with_fills(task: Task, x0: Tensor, fills: Tensor) -> Task:
+    """A planner's task whose first n rows are fills: which of their tokens differ from x0?
+
+    x0 (B, N), fills (n, N): x0 with masks that a denoiser has filled. Which tokens were masked is
+    not shown, and a fill that happens to be x0 is no noise.
+    """
+    xt = torch.cat([fills, task.xt[len(fills):]])
+    differs = (xt != x0).flatten()[task.sites].float()
+    is_fill = task.sites < fills.numel()
+    return task._replace(xt=xt, target=torch.where(is_fill, differs, task.target))
+
+
 def single_tasks(
     x0: Tensor, t: Tensor, label: Tensor, noise: Noise, generator: torch.Generator,
     known: Tensor | None = None,

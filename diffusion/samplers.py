@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.decoding import (
@@ -391,6 +392,66 @@ def remdm(
 def most_remasked(t: float, s: float) -> float:
     """The largest probability of masking a written token again from level t to s."""
     return min(1.0, s / (1 - t)) if t < 1 else 1.0
+
+
+@torch.no_grad()
+def p2(
+    planner: Callable, denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int,
+    generator: Random, eta: float = 1.0, schedule: str = "linear", vocab: int | None = None,
+    known: Tensor | None = None, **decoding,
+) -> Iterator[State]:
+    """Path planning (P2, arXiv:2502.03540): fill all masks, keep what a planner calls clean.
+
+    x (B, N) masks (id vocab)  ->  yields State. A step takes two network calls, the last only one,
+    since it keeps all.
+    eta        factor on log P(clean) of tokens that were visible before: 0 never masks them again,
+               above 1 they are masked more readily than fresh ones
+    schedule   share of tokens still masked after a share of the steps, as in confidence()
+    As in the paper: the fill, its score by a planner that sees no masks, the largest scores kept,
+    eta. Not as there: one planner of noise scores fresh and visible tokens alike, where the paper
+    scores fresh ones by the denoiser's own probability; equal scores are kept in random order.
+    """
+    options = Decoding(**decoding)
+    check_choice("schedule", schedule, ("linear", "arccos", "cosine"))
+    check_at_least(n_steps=(n_steps, 1), eta=(eta, 0))
+    editable = editable_mask(x, known)
+    vocab = check_all_masked(x, editable, vocab)
+    n_editable = editable.sum(1)
+    nfe = torch.zeros_like(label)
+    x = x.clone()
+    for step in range(n_steps):
+        before = x
+        is_masked = editable & (x == vocab)
+        is_visible = editable & ~is_masked
+        t = (is_masked.sum(1) / n_editable.clamp_min(1)).clamp(T_MIN, T_MAX)    # (B,)
+        share = masked_share((step + 1) / n_steps, schedule)
+        n_left = (n_editable * share + 1e-6).long()             # (B,) masks after this step
+        fill = sample_at(denoiser, x, t[:, None], label, is_masked, options, generator)
+        x = fill.x
+        nfe = nfe + fill.calls
+        p_noise = is_masked.float()
+
+        rows = n_left.nonzero()[:, 0]                           # (b,) with tokens to be masked
+        if len(rows) > 0:
+            logits, calls = cfg_logits(planner, x[rows], t[rows, None], label[rows], Decoding())
+            refuse_nan(logits)
+            nfe[rows] += calls
+            visible = is_visible[rows]
+            p_noise[rows] += logits.float().sigmoid() * visible
+            log_clean = F.logsigmoid(-logits.double()).clamp_min(-1e30)         # finite
+            doubt = -torch.where(visible, eta * log_clean, log_clean)
+            doubt = doubt.masked_fill(~editable[rows], -torch.inf)
+            x[rows] = x[rows].masked_fill(
+                most_in_random_order(doubt, n_left[rows], of_rows(generator, rows)), vocab
+            )
+        yield State(x.clone(), p_noise, x != before, t, nfe)
+
+
+def most_in_random_order(keys: Tensor, k: Tensor, generator: Random) -> Tensor:
+    """The k (b,) largest keys of each row, as a mask, equal ones at random.  (b, N) -> (b, N)"""
+    order = uniform(keys.shape, generator, keys.device, torch.float64).argsort(1)
+    is_chosen = topk_mask(keys.gather(1, order), k)
+    return torch.zeros_like(is_chosen).scatter(1, order, is_chosen)
 
 
 # Correction of finished sequences

@@ -176,6 +176,7 @@ def loss_panel(runs: Sequence[Curves], network: str, names: list[str]) -> Panel:
     ends = [end for end in LOSSES if f"val_{network}_{end}" in names]
     for end in ends:
         lines += lines_of(runs, {"validation": f"val_{network}_{end}"})
+        lines += lines_of(runs, {"validation on fills": f"val_{network}_fill_{end}"})
     label = LOSSES[ends[0] if len(ends) == 1 else "loss"]
     levels = []
     for end, words in FLOORS.items():
@@ -196,7 +197,7 @@ def score_panels(runs: Sequence[Curves], network: str, names: list[str]) -> list
     for end, label in SCORES.items():
         name = f"val_{network}_{end}"
         if name in names:
-            lines = lines_of(runs, {"": name})
+            lines = lines_of(runs, {"": name, "on fills": f"val_{network}_fill_{end}"})
             panels.append(Panel(f"{network}: {label} in validation", label, lines))
     return panels
 

@@ -153,8 +153,8 @@ def flops_of_block(shape: model.Shape) -> int:
 
 
 def flops_of_step(spec: methods.Spec, nets: dict[str, model.Transformer], batch: int) -> int:
-    """Of a micro-step of training, forward and twice that backward; nothing that is computed again
-    counts."""
+    """Of a micro-step of training, forward and twice that backward, and of the denoiser's fills;
+    nothing that is computed again counts."""
     shape = spec.shape
     flops = 0
     for net in nets.values():
@@ -162,7 +162,8 @@ def flops_of_step(spec: methods.Spec, nets: dict[str, model.Transformer], batch:
         flops += 2 * n_loss_tokens(net, nets, batch) * net.head.weight.numel()
         if net.unpatch is not None:
             flops += 2 * batch * shape.n_patches * net.unpatch.weight.numel()
-    return 3 * flops
+    passes = spec.config["on_policy"] * (1 + methods.MAX_FILL_STEPS) / 2        # to fill masks
+    return 3 * flops + round(passes * batch * shape.n_layer * flops_of_block(shape))
 
 
 def dry_run(cfg: config.Config, spec: methods.Spec) -> None:

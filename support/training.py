@@ -229,11 +229,15 @@ def backward(
 class Batches:
     """Training tasks as a function of (seed, iteration, micro-batch)."""
 
-    def __init__(self, cfg: config.Config, spec: methods.Spec, split: data.Split, n_groups: int):
+    def __init__(
+        self, cfg: config.Config, spec: methods.Spec, split: data.Split, n_groups: int,
+        denoiser: model.Transformer | None = None,
+    ):
         self.cfg = cfg
         self.spec = spec
         self.split = split
         self.n_groups = n_groups        # micro-batches per iteration, of all processes
+        self.denoiser = denoiser        # averaged, whose fills the planner learns on
         n = min(cfg.overfit, len(split)) if cfg.overfit else len(split)
         self.order = data.ShuffledIndices(n, None if cfg.overfit else cfg.seed)
 
@@ -251,7 +255,23 @@ class Batches:
         if not cfg.overfit:
             label = objectives.drop_labels(label, self.spec.n_classes, cfg.label_dropout, rng)
         known = data.known_mask(self.spec.meta, x0)
-        return methods.make_tasks(self.spec, x0, label, known, rng)
+        tasks = methods.make_tasks(self.spec, x0, label, known, rng)
+        if cfg.on_policy:                                 # drawn last: all else is as without it
+            tasks["planner"] = self.on_policy(tasks["planner"], x0, known, rng)
+        return tasks
+
+    def on_policy(
+        self, task: objectives.Task, x0: Tensor, known: Tensor | None, rng: torch.Generator,
+    ) -> objectives.Task:
+        """The planner's task with a share of its rows replaced by the denoiser's fills."""
+        n = int(self.cfg.on_policy * len(x0) + torch.rand((), generator=rng))
+        known = None if known is None else known[:n]
+        device = next(self.denoiser.parameters()).device
+        with runtime.autocast(device, self.cfg.dtype):
+            fills = methods.fill_masks(
+                self.spec, self.denoiser, x0[:n], task.t[:n], task.label[:n], known, rng, device
+            )
+        return objectives.with_fills(task, x0, fills)
 
     def epochs(self, it: int) -> float:
         """How often `it` iterations have seen each sequence."""

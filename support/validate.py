@@ -73,15 +73,23 @@ def validate(cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], 
     rng = runtime.generator("validation")  # the same draws for every seed
     x0, label = (torch.from_numpy(y) for y in split.spread_subset(n))
     t = (torch.randperm(n, generator=rng)[:, None] + 0.5) / n
-    rows = {name: [] for name in nets}
+    fill_rng = runtime.generator("validation fills")
+    rows = {}
     metrics = {}
     for i in torch.arange(n).split(BATCH):
         known = data.known_mask(spec.meta, x0[i])
         tasks = methods.make_tasks(spec, x0[i], label[i], known, rng, t[i])
+        if cfg.on_policy:
+            with runtime.autocast(device, cfg.dtype):
+                fills = methods.fill_masks(
+                    spec, nets["denoiser"], x0[i], t[i], label[i], known, fill_rng, device
+                )
+            tasks["planner_fill"] = objectives.with_fills(tasks["planner"], x0[i], fills)
         for name, task in tasks.items():
             metrics[name] = METRIC_NAMES.get(task.loss, ("loss", "accuracy"))
+            net = nets[name.removesuffix("_fill")]
             with runtime.autocast(device, cfg.dtype):
-                rows[name].append(measure(nets[name], task, device))
+                rows.setdefault(name, []).append(measure(net, task, device))
     scores = {}
     for name, parts in rows.items():
         scores |= summarise(torch.cat(parts).double(), name, metrics[name])

@@ -135,6 +135,7 @@ def test_names_too_long_for_a_file_system_are_refused():
     ("ddpd", "weight", "elbo"),
     ("ddpd", "context_frames", 2),
     ("gidd", "denoiser_process", "uniform"),
+    ("gidd", "on_policy", 0.5),
     ("gidd", "rollout_share", 0.5),
     ("forcing", "denoiser_process", "uniform"),
 ])

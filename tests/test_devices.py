@@ -247,6 +247,7 @@ OPTIONS = {
         dict(order="random", schedule="cosine"), dict(temperature_end=0.5, schedule="linear"),
     ],
     "remdm": [dict(remask=remask) for remask in ("confidence", "rescale", "cap")],
+    "p2": [dict(eta=0.0), dict(eta=2.0, schedule="cosine")],
     "self_correct": [dict(k=2, t=0.3), dict(patience=1, temperature=1.0)],
     "rollout": [dict(stabilization_level=0.02, context_level=0.05), dict(lag=1)],
 }
@@ -370,6 +371,7 @@ def runs(tmp_path_factory, name_of_device):
     video = ["--method", "forcing", "--data", "bounce", "--context-frames", 2]
     flags = {
         "pair": [],
+        "on_policy": ["--on-policy", 0.5],
         "single": ["--nets", "single", "--denoiser-process", "uniform"],
         "gidd": ["--method", "gidd"],
         "video": [*video, "--eval-sequences", 4],

@@ -65,6 +65,7 @@ def flags_of(**values):
     [
         ("ddpd", "ddpd-mask", 9, 4),
         ("ddpd", "ddpd-single", 9, 9),
+        ("p2", "ddpd-mask", 9, 4),
         ("confidence", "ddpd-mask", 8, 8),
         ("ancestral", "ddpd-uniform", 3, 3),
         ("ancestral", "gidd", 3, 3),
@@ -122,9 +123,11 @@ def test_guidance_takes_more_calls():
     judged = judged_stub(tiny_spec("ddpd-mask"))
     guided = flags_of(guidance=2.0)
     assert evaluate.n_steps_of("ddpd", judged, 9, guided) == 3
+    assert evaluate.n_steps_of("p2", judged, 9, guided) == 3
     assert evaluate.n_steps_of("confidence", judged, 9, guided) == 4
     both = flags_of(guidance=2.0, planner_guidance=2.0)
     assert evaluate.n_steps_of("ddpd", judged, 9, both) == 2
+    assert evaluate.n_steps_of("p2", judged, 9, both) == 3      # its planner is not guided
 
 
 def test_too_few_calls_are_refused():

@@ -70,14 +70,14 @@ def test_a_row_draws_the_same_in_any_company():
 
 
 CASES = [(name, sampler) for name, row in {
-    "ddpd-mask": ["ddpd", "ancestral", "confidence", "remdm"],
+    "ddpd-mask": ["ddpd", "ancestral", "confidence", "remdm", "p2"],
     "ddpd-uniform": ["ddpd", "ancestral"],
     "ddpd-single": ["ddpd", "ancestral"],
     "gidd": ["ancestral", "self_correct"],
     "forcing": ["rollout"],
 }.items() for sampler in row]
 SCHEDULES = [("ddpd", dict(schedule="leap")), ("ddpd", dict(stop=2.0, refine=2)),
-             ("confidence", dict(order="random"))]
+             ("confidence", dict(order="random")), ("p2", dict(eta=3.0))]
 
 
 @pytest.mark.parametrize(

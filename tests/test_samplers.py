@@ -1,5 +1,6 @@
 """Samplers: oracles recover the data, exact networks sample its law, each keeps its own rules."""
 
+import functools
 import math
 from dataclasses import asdict
 
@@ -12,7 +13,7 @@ import methods
 from diffusion import decoding, processes
 from diffusion.decoding import Decoding, cfg_logits, sample_categorical, truncate_probs
 from diffusion.processes import Noise, corrupt
-from diffusion.samplers import ancestral, confidence, ddpd, last, remdm
+from diffusion.samplers import ancestral, confidence, ddpd, last, p2, remdm
 
 N_LAW = 100_000     # sampling alone puts the 27-state law this far: about .007
 
@@ -499,8 +500,106 @@ def test_remasking_by_confidence_masks_as_many_as_the_released_code(rng):
     assert n_remasked == pytest.approx(expected, rel=0.1)
 
 
+# Path planning
+
+
+@pytest.mark.parametrize("schedule, n_left", [
+    ("linear", [9, 6, 3, 0]), ("cosine", [11, 8, 4, 0]), ("arccos", [10, 8, 5, 0]),
+])
+def test_p2_keeps_as_many_as_its_schedule(schedule, n_left, rng):
+    """Two calls a step, the last one; by oracles one step suffices. Equal scores: any tokens."""
+    x0 = torch.randint(5, (300, 12), generator=rng)
+    x = torch.full((300, 12), 5)
+    oracle = Oracle(x0, 5)
+    label = torch.arange(300)
+    options = dict(n_steps=4, generator=rng, schedule=schedule, vocab=5)
+    states = list(p2(oracle.planner, oracle.denoiser, x, label, **options))
+    assert [(state.x == 5).sum(1).unique().tolist() for state in states] == [[n] for n in n_left]
+    assert [state.nfe.unique().tolist() for state in states] == [[2], [4], [6], [7]]
+    assert torch.equal(states[-1].x, x0)
+    kept = (states[0].x != 5).float().mean(0)
+    assert (kept - (12 - n_left[0]) / 12).abs().max() < 0.12
+
+    one = last(p2(oracle.planner, oracle.denoiser, x, label, n_steps=1, generator=rng))
+    assert torch.equal(one.x, x0)
+    assert one.nfe.unique().tolist() == [1]
+
+
+def test_p2_keeps_what_its_planner_calls_clean(rng):
+    """A denoiser that is right half the time: an oracle planner keeps the right draws, so that
+    only the last token is at stake; a planner that knows nothing leaves half of them wrong. The
+    planner sees no masks."""
+    x0 = torch.randint(5, (300, 12), generator=rng)
+    oracle = Oracle(x0, 5)
+
+    def denoiser(x, t, label, sites):
+        return (F.one_hot(x0[label].gather(1, sites), 5) * 0.375 + 0.125).log()
+
+    def planner(x, t, label):
+        assert (x < 5).all()
+        return oracle.planner(x, t, label)
+
+    def n_wrong(planner):
+        x = torch.full_like(x0, 5)
+        options = dict(n_steps=12, generator=rng, vocab=5)
+        final = last(p2(planner, denoiser, x, torch.arange(300), **options))
+        return (final.x != x0).sum(1).float().mean().item()
+
+    assert n_wrong(planner) < 1
+    assert n_wrong(constant_planner) == pytest.approx(6, abs=0.5)
+
+
+@pytest.mark.parametrize("eta, share", [(0.0, 0.0), (1.0, 0.0), (2.0, 1.0)])
+def test_eta_scales_how_readily_visible_tokens_are_masked_again(eta, share, rng):
+    """log P(clean) is -.7 of visible tokens and -1.2 of fresh ones: twice -.7 is less than that.
+    At eta 0 they stay even where the planner is sure that they are noise."""
+    seen = {}
+
+    def denoiser(x, t, label, sites):
+        seen["is_masked"] = x == 5
+        return torch.zeros(*sites.shape, 5)
+
+    def planner(x, t, label):
+        p_clean = torch.where(seen["is_masked"], 0.3, 0.0 if eta == 0 else 0.5)
+        return -p_clean.logit()
+
+    x = torch.full((50, 12), 5)
+    states = p2(planner, denoiser, x, no_label(50), n_steps=4, generator=rng, eta=eta)
+    visible = next(states).x != 5
+    assert (visible.sum(1) == 3).all()
+    is_masked_again = next(states).x[visible] == 5
+    assert is_masked_again.float().mean().item() == share
+
+
+def test_p2_by_a_planner_that_knows_nothing_has_the_law_of_the_data(rng):
+    """Without masking again it is masked diffusion in random order, one token in a step; with it
+    Gibbs sampling at a falling share of masks, which needs more steps."""
+    world = dense().under("mask")
+    denoiser = any_level(world)
+
+    def distance(n_steps, eta):
+        x = world.noise.sample_prior((N_LAW, 3), rng)
+        options = dict(n_steps=n_steps, generator=rng, eta=eta, vocab=3)
+        return world.distance(last(p2(constant_planner, denoiser, x, no_label(N_LAW), **options)).x)
+
+    assert distance(3, eta=0.0) < 0.02
+    assert distance(16, eta=1.0) < 0.02
+    assert distance(3, eta=1.0) > 0.025
+
+
+@pytest.mark.parametrize("bad, name", [
+    (dict(schedule="spread"), "schedule"), (dict(eta=-1.0), "eta"), (dict(n_steps=0), "n_steps"),
+    (dict(x=torch.zeros(1, 3).long()), "start from masks"),
+])
+def test_arguments_of_p2_that_mean_nothing_are_refused_by_name(bad, name, rng):
+    options = dict(x=torch.full((1, 3), 5), n_steps=2, generator=rng, vocab=5) | bad
+    with pytest.raises(ValueError, match=name):
+        last(p2(constant_planner, constant_denoiser(5), label=no_label(1), **options))
+
+
 @pytest.mark.parametrize("sampler, more", [
     (ancestral, dict(process="mask")), (confidence, {}), (remdm, {}),
+    (functools.partial(p2, constant_planner), {}),
 ])
 def test_known_tokens_in_mask_samplers(sampler, more, rng):
     """Held fixed, also where all are known and the mask id must be guessed."""
@@ -602,12 +701,12 @@ def test_arguments_that_mean_nothing_are_refused_by_name(bad, name, rng):
 
 @pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("sampler", [
-    "ddpd", "ancestral", "confidence", "remdm", "self_correct", "rollout",
+    "ddpd", "ancestral", "confidence", "remdm", "p2", "self_correct", "rollout",
 ])
 def test_a_misfit_of_sampler_and_method_is_refused(method, sampler):
     """The error names the sampler, the method, and samplers that fit."""
     fitting = {
-        "ddpd-mask": ["ddpd", "ancestral", "confidence", "remdm"],
+        "ddpd-mask": ["ddpd", "ancestral", "confidence", "remdm", "p2"],
         "ddpd-uniform": ["ddpd", "ancestral"],
         "ddpd-single": ["ddpd", "ancestral"],
         "gidd": ["ancestral", "self_correct"],
