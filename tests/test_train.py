@@ -332,7 +332,8 @@ def test_a_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
 def test_the_dry_runs_activations_are_those_of_a_step(dtype):
     """Bytes that autograd keeps in a network's forward pass, but for weights and the head, agree
     with the estimate; in bfloat16 attention runs in blocks."""
-    cfg = tiny("bytes", "--n-embd", 64, "--n-layer", 3, "--vocab", 50, "--grid", 12, 12)
+    sizes = ["--n-embd", 64, "--n-head", 2, "--n-layer", 3, "--vocab", 50, "--grid", 12, 12]
+    cfg = tiny("bytes", *sizes)
     spec = spec_of(cfg, training.stated_meta(cfg))
     cpu = torch.device("cpu")
     cost = diagnostics.cost_of_step(spec, 4, cpu, runtime.autocast(cpu, dtype))
@@ -383,6 +384,7 @@ def test_the_time_on_a_gpu_is_estimated(capsys):
     (["--gpu", "h100"], "gpu = h100 is for --dry-run"),
     (["--dry-run", "--n-gpus", 2], "n_gpus belongs to --dry-run --gpu"),
     (["--utilization", 0.5], "utilization belongs to --dry-run --gpu"),
+    (["--dry-run", "--gpu", "h100", "--utilization", 0], "must be above 0"),
     (["--dry-run", "--gpu", "h100", "--dtype", "float32"], "bfloat16"),
 ])
 def test_flags_of_the_estimate_belong_to_it(flags, complaint):
