@@ -307,6 +307,21 @@ def test_a_run_starts_from_anothers_averages():
     assert "no run in out/none" in refusal_of("--init-from", "out/none")
 
 
+# What is said at the start
+
+
+@pytest.mark.parametrize("size, folder", [(8, "data/digits"), (16, "data/digits_16x16_17")])
+def test_a_run_says_what_it_trains_on(size, folder, capsys):
+    """Folders of data and run; that digits are enlarged, and what is better, where they are."""
+    name = f"from_{size}"
+    train_ddpd.main(tiny(name, "--image-size", size, "--max-iters", 1))
+    said = capsys.readouterr().out
+    where = f"training on {folder}, 1617 sequences; the run goes to out/{name}"
+    line, = [line for line in said.splitlines() if line.startswith(where)]
+    advice = "from 8x8 to 16x16; MNIST is better: python data.py mnist --image-size 16, then"
+    assert (advice in line) == (size == 16)
+
+
 # What a config takes
 
 
