@@ -155,19 +155,19 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class DryRunOptions:
+class CostOptions:
     """What a config takes, without training."""
     dry_run: bool = False                   # print parameters, memory and time; train nothing
     # estimate for this GPU by its published peak rate; "": measure the machine at hand
     gpu: Literal["", "a100", "h100", "h200", "b200", "l4", "rtx4090"] = ""
     n_gpus: Positive = 1                    # with --gpu: processes, each on a GPU
     # with --gpu: share of the peak that training reaches, an assumption
-    utilization: Annotated[float, Bound(0.01, 1)] = 0.35
+    utilization: Share = 0.35
 
 
 @dataclass(frozen=True)
 class Config(
-    DryRunOptions, RunOptions, LoggingOptions, MethodOptions, OptimisationOptions, NetworkOptions,
+    CostOptions, RunOptions, LoggingOptions, MethodOptions, OptimisationOptions, NetworkOptions,
     DataOptions,
 ):
     """Train a planner and a denoiser.   python train_ddpd.py [NAME or FILE.py ...] [--flags]
@@ -179,7 +179,7 @@ class Config(
     GROUPS: typing.ClassVar = {
         "data": DataOptions, "network": NetworkOptions, "optimisation": OptimisationOptions,
         "method": MethodOptions, "logging": LoggingOptions, "run": RunOptions,
-        "dry_run": DryRunOptions,
+        "cost": CostOptions,
     }
     # A run is resumed only with these unchanged; all others may change from start to start.
     FIXED: typing.ClassVar = (
@@ -570,10 +570,12 @@ def check_dry_run(cfg: Config) -> None:
     """An estimate for a GPU is asked for by --dry-run --gpu, and is one of bfloat16."""
     if cfg.gpu and not cfg.dry_run:
         raise SystemExit(f"gpu = {cfg.gpu} is for --dry-run; training takes the GPUs that it finds")
-    for field in fields(DryRunOptions):
+    for field in fields(CostOptions):
         if field.name in ("n_gpus", "utilization") and not cfg.gpu:
             if getattr(cfg, field.name) != field.default:
                 raise SystemExit(f"{field.name} belongs to --dry-run --gpu NAME")
+    if not cfg.utilization:
+        raise SystemExit("utilization is 0.0; it must be above 0")
     if cfg.gpu and cfg.dtype == "float32":
         raise SystemExit("the estimate for a GPU is one of bfloat16: not with dtype float32")
 

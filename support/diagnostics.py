@@ -241,6 +241,7 @@ def print_summary(
         for name, net in nets.items()
     ]
     dtype = str(runtime.matmul_dtype(world.device, cfg.dtype)).removeprefix("torch.")
+    print(data_and_folder(cfg, spec, train))
     print(f"{spec.meta['name']}: {describe_data(spec)}; {', '.join(sizes)} parameters")
     print(f"{tokens_per_it} tokens per iteration on {world.size} x {world.device.type}, {dtype}")
     losses = {}
@@ -273,6 +274,20 @@ def print_summary(
     if world.device.type == "cpu" and spec.shape.n_patches * cfg.n_embd > 2**17:
         print("warning: this setting takes hours on a CPU; configs/digits.py takes minutes")
     return losses
+
+
+def data_and_folder(cfg: config.Config, spec: methods.Spec, train: data.Split) -> str:
+    """What is trained on, and the run's folder, in one line."""
+    folder = train.tokens_file.parent
+    line = f"training on {folder}, {len(train)} sequences; the run goes to {cfg.out_dir}"
+    own_size = data.import_source("digits").SIZE
+    size = spec.grid[-1]
+    if cfg.data != "digits" or size <= own_size:
+        return line
+    return (
+        f"{line}. These digits are enlarged from {own_size}x{own_size} to {size}x{size}; MNIST is "
+        f"better: python data.py mnist --image-size {size}, then --data mnist"
+    )
 
 
 def bayes_losses(spec: methods.Spec, x0: Tensor, label: Tensor, generator: torch.Generator,

@@ -190,9 +190,7 @@ def draw_samples(
     for wandb."""
     home = runtime.device_of_doubles(device)
     label = torch.arange(n, device=home) % max(1, spec.n_classes)
-    real, real_label = (
-        torch.from_numpy(y).to(home) for y in split.spread_subset(n)
-    )
+    real, real_label = (torch.from_numpy(y).to(home) for y in split.spread_subset(n))
     known = data.context_mask(spec.meta, real, cfg.context_frames)
     if known is not None:
         label = real_label

@@ -124,7 +124,7 @@ def test_help_shows_the_groups():
     for name, group in config.Config.GROUPS.items():
         places.append(said.index(f"─ {name} options ─"))
         assert one_line(group.__doc__) in one_line(said)
-    assert list(config.Config.GROUPS) == "data network optimisation method logging run".split()
+    assert list(config.Config.GROUPS) == "data network optimisation method logging run cost".split()
     assert places == sorted(places)
 
 

@@ -307,6 +307,21 @@ def test_a_run_starts_from_anothers_averages():
     assert "no run in out/none" in refusal_of("--init-from", "out/none")
 
 
+# What is said at the start
+
+
+@pytest.mark.parametrize("size, folder", [(8, "data/digits"), (16, "data/digits_16x16_17")])
+def test_a_run_says_what_it_trains_on(size, folder, capsys):
+    """Folders of data and run; that digits are enlarged, and what is better, where they are."""
+    name = f"from_{size}"
+    train_ddpd.main(tiny(name, "--image-size", size, "--max-iters", 1))
+    said = capsys.readouterr().out
+    where = f"training on {folder}, 1617 sequences; the run goes to out/{name}"
+    line, = [line for line in said.splitlines() if line.startswith(where)]
+    advice = "from 8x8 to 16x16; MNIST is better: python data.py mnist --image-size 16, then"
+    assert (advice in line) == (size == 16)
+
+
 # What a config takes
 
 
@@ -332,7 +347,8 @@ def test_a_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
 def test_the_dry_runs_activations_are_those_of_a_step(dtype):
     """Bytes that autograd keeps in a network's forward pass, but for weights and the head, agree
     with the estimate; in bfloat16 attention runs in blocks."""
-    cfg = tiny("bytes", "--n-embd", 64, "--n-layer", 3, "--vocab", 50, "--grid", 12, 12)
+    sizes = ["--n-embd", 64, "--n-head", 2, "--n-layer", 3, "--vocab", 50, "--grid", 12, 12]
+    cfg = tiny("bytes", *sizes)
     spec = spec_of(cfg, training.stated_meta(cfg))
     cpu = torch.device("cpu")
     cost = diagnostics.cost_of_step(spec, 4, cpu, runtime.autocast(cpu, dtype))
@@ -383,6 +399,7 @@ def test_the_time_on_a_gpu_is_estimated(capsys):
     (["--gpu", "h100"], "gpu = h100 is for --dry-run"),
     (["--dry-run", "--n-gpus", 2], "n_gpus belongs to --dry-run --gpu"),
     (["--utilization", 0.5], "utilization belongs to --dry-run --gpu"),
+    (["--dry-run", "--gpu", "h100", "--utilization", 0], "must be above 0"),
     (["--dry-run", "--gpu", "h100", "--dtype", "float32"], "bfloat16"),
 ])
 def test_flags_of_the_estimate_belong_to_it(flags, complaint):
