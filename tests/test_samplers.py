@@ -567,7 +567,9 @@ def test_eta_scales_how_readily_visible_tokens_are_masked_again(eta, share, rng)
     states = p2(planner, denoiser, x, no_label(50), n_steps=4, generator=rng, eta=eta)
     visible = next(states).x != 5
     assert (visible.sum(1) == 3).all()
-    is_masked_again = next(states).x[visible] == 5
+    second = next(states)
+    assert second.p_noise.allclose(torch.where(visible, 0.7, 1.0))      # as they were kept
+    is_masked_again = second.x[visible] == 5
     assert is_masked_again.float().mean().item() == share
 
 
