@@ -402,8 +402,8 @@ def p2(
 ) -> Iterator[State]:
     """Path planning (P2, arXiv:2502.03540): fill all masks, keep what a planner calls clean.
 
-    x (B, N) masks (id vocab)  ->  yields State. A step takes two network calls, the last only one,
-    since it keeps all.
+    x (B, N) masks (id vocab)  ->  yields State, with p_noise of visible tokens as they were kept. A
+    step takes two network calls, the last only one, since it keeps all.
     eta        factor on log P(clean) of tokens that were visible before: 0 never masks them again,
                above 1 they are masked more readily than fresh ones
     schedule   share of tokens still masked after a share of the steps, as in confidence()
@@ -417,29 +417,28 @@ def p2(
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
     n_editable = editable.sum(1)
+    p_noise_kept = torch.zeros(x.shape, device=x.device)        # what the planner said last
     nfe = torch.zeros_like(label)
     x = x.clone()
     for step in range(n_steps):
         before = x
         is_masked = editable & (x == vocab)
-        is_visible = editable & ~is_masked
+        p_noise = torch.where(is_masked, 1.0, p_noise_kept)
         t = (is_masked.sum(1) / n_editable.clamp_min(1)).clamp(T_MIN, T_MAX)    # (B,)
         share = masked_share((step + 1) / n_steps, schedule)
         n_left = (n_editable * share + 1e-6).long()             # (B,) masks after this step
         fill = sample_at(denoiser, x, t[:, None], label, is_masked, options, generator)
         x = fill.x
         nfe = nfe + fill.calls
-        p_noise = is_masked.float()
 
         rows = n_left.nonzero()[:, 0]                           # (b,) with tokens to be masked
         if len(rows) > 0:
             logits, calls = cfg_logits(planner, x[rows], t[rows, None], label[rows], Decoding())
             refuse_nan(logits)
             nfe[rows] += calls
-            visible = is_visible[rows]
-            p_noise[rows] += logits.float().sigmoid() * visible
+            p_noise_kept[rows] = logits.float().sigmoid() * editable[rows]
             log_clean = F.logsigmoid(-logits.double()).clamp_min(-1e30)         # finite
-            doubt = -torch.where(visible, eta * log_clean, log_clean)
+            doubt = -torch.where(is_masked[rows], log_clean, eta * log_clean)
             doubt = doubt.masked_fill(~editable[rows], -torch.inf)
             x[rows] = x[rows].masked_fill(
                 most_in_random_order(doubt, n_left[rows], of_rows(generator, rows)), vocab
