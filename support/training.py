@@ -269,7 +269,8 @@ class Batches:
         device = next(self.denoiser.parameters()).device
         with runtime.autocast(device, self.cfg.dtype):
             fills = methods.fill_masks(
-                self.spec, self.denoiser, x0[:n], task.t[:n], task.label[:n], known, rng, device
+                self.spec, self.denoiser, x0[:n], task.t[:n], task.label[:n], known, rng,
+                runtime.device_of_doubles(device),
             )
         return objectives.with_fills(task, x0, fills)
 

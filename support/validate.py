@@ -82,7 +82,8 @@ def validate(cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], 
         if cfg.on_policy:
             with runtime.autocast(device, cfg.dtype):
                 fills = methods.fill_masks(
-                    spec, nets["denoiser"], x0[i], t[i], label[i], known, fill_rng, device
+                    spec, nets["denoiser"], x0[i], t[i], label[i], known, fill_rng,
+                    runtime.device_of_doubles(device),
                 )
             tasks["planner_fill"] = objectives.with_fills(tasks["planner"], x0[i], fills)
         for name, task in tasks.items():
