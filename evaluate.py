@@ -58,12 +58,13 @@ import data
 import methods
 from diffusion import forcing, samplers
 from support import comparison, diagnostics, logs, metrics, pictures, runtime, sampling
-from support.checkpoint import load_run
+from support.checkpoint import digest, load_run
 from support.text import is_text, load_text
 from support.validate import find_decoder
 
 N_BITS = 2048               # sequences behind bits per token, at least
 N_BITS_VIDEO = 512
+HASH_CHARS = 12             # of the digest of the weights, in a row's settings
 N_PLANNER = 1024            # sequences that a planner is judged on
 DECODED = 100               # pictures that a decoder makes at a time
 N_NEIGHBOURS = 10           # samples that are shown over their nearest training pictures
@@ -98,6 +99,8 @@ class Judged:
         self.run = load_run(folder, device)
         self.spec = self.run.spec
         config_ = self.spec.config
+        weights = {name: net.state_dict() for name, net in self.run.nets.items()}
+        self.weights = digest(weights)[:HASH_CHARS]
         runtime.freeze(self.run.nets, device, config_["dtype"])
         self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]
         self.decoder = find_decoder(decoder, self.run.folder, self.spec.meta, device)
@@ -311,7 +314,8 @@ def plan_stages(row: str, judged: Judged, nfe: int, flags: Flags) -> list[Stage]
 
 def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> str:
     """All that a row depends on, as JSON: a row with the same settings need not be drawn again."""
-    settings = dict(it=judged.run.it, sampler=row, nfe=nfe, seed=seed, n_samples=flags.n_samples)
+    settings = dict(it=judged.run.it, weights=judged.weights, sampler=row, nfe=nfe, seed=seed)
+    settings["n_samples"] = flags.n_samples
     settings |= dict(correct=flags.correct, **flags.sampler_options())
     if judged.spec.is_video:
         settings |= dict(frames=flags.frames, context_frames=flags.n_given)

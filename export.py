@@ -231,6 +231,7 @@ def numbers(run: Run) -> str:
 def card(run: Run, name: str, license: str) -> str:
     """README.md of an export that a reader calls `name`."""
     word = shlex.quote(name)
+    where = ", with this folder at PATH" if name.startswith("PATH/") else ""
     decoder = ""
     if "decoder" in run.spec.meta:
         file = run.spec.meta["decoder"]["file"]
@@ -240,7 +241,7 @@ def card(run: Run, name: str, license: str) -> str:
         )
     return f"""{front_matter(run, license)}
 
-# {cell(name.removeprefix(hub.PREFIX))}
+# {cell(name.removeprefix(hub.PREFIX).removeprefix("PATH/"))}
 
 A discrete diffusion model of nanoDDPD.
 
@@ -256,7 +257,7 @@ All settings are in `{exports.CONFIG}`, under `config`.
 
 ## Use
 
-In the folder of nanoDDPD's code:
+In the folder of nanoDDPD's code{where}:
 
 ```bash
 python sample.py {word}
@@ -306,9 +307,12 @@ def main(flags: Flags) -> None:
     start = starting_point(run.spec)
     folder = Path(flags.folder)
     make_folder(folder)
-    name = hub.PREFIX + flags.push if flags.push else folder.resolve().name
+    before = exports.read_values(folder)["digest"] if exports.is_ours(folder) else ""
+    name = hub.PREFIX + flags.push if flags.push else f"PATH/{folder.resolve().name}"
     checkpoint.write_export(folder, run)
     data.copy_kept_files(run.folder, folder, run.spec.meta)
+    if before and exports.read_values(folder)["digest"] != before:
+        print(f"{folder} held other weights, which are replaced; files made from them stay")
     draw_picture(folder, start)
     (folder / CARD).write_text(card(run, name, flags.license))
     files = [exports.WEIGHTS, exports.CONFIG, CARD, PICTURE]

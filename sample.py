@@ -185,10 +185,13 @@ def write_files(
     tokens = sampling.load_tokens(folder, n_read).reshape(-1, *start.grid)
     source = data.import_source(spec.meta["score"]) if has_score else None
     wrong = source.wrong(tokens, start.real) if source and start.real is not None else None
+    title = stage.title(spec.is_video)
+    if n > N_PICTURED:
+        title.append(f"the first {N_PICTURED} of {n}")
     with runtime.one_line_errors(OSError):
         pictures.samples_png(
             folder / "samples.png", tokens[:N_PICTURED], start.labels[:N_PICTURED], spec.meta,
-            stage.title(spec.is_video), decoder, None if wrong is None else wrong[:N_PICTURED],
+            title, decoder, None if wrong is None else wrong[:N_PICTURED],
             flags.scale,
         )
         names = ["samples.png", "samples.npz"]
@@ -340,5 +343,9 @@ def main(flags: Flags) -> None:
 
 if __name__ == "__main__":
     with runtime.one_voice():
-        main(flags)
+        try:
+            main(flags)
+        except KeyboardInterrupt:
+            line = "stopped: finished batches are kept, the same command continues"
+            raise SystemExit(line) from None
     runtime.leave_without_shutdown()

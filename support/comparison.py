@@ -22,7 +22,7 @@ QUALITY = {
 }
 COSTS = {"nfe": "network calls (NFE)", "s_per_sample": "seconds per sample"}
 # Settings that are columns of the table, or do not tell lines of the plot apart
-OF_A_POINT = ("nfe", "seed", "n_samples", "sampler")
+OF_A_POINT = ("nfe", "seed", "sampler")
 N_TICKS = 8                 # most values that are ticks of their own
 WIDE = 10                   # highest over lowest distance from which on the axis is logarithmic
 

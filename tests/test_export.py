@@ -122,6 +122,21 @@ def test_an_export_is_judged_as_its_run_is(run):
     assert "0.1234" not in card
 
 
+def test_rows_of_other_weights_are_not_taken_for_these(run, capsys):
+    """An export of other weights into the same folder, at the same iteration, is judged anew."""
+    flags = evaluate.Flags(("ex/again",), nfe=(4,), n_samples=20, bits=False)
+    export.main(export.Flags(str(run), "ex/again"))
+    evaluate.main(flags)
+    evaluate.main(flags)
+    assert capsys.readouterr().out.count("from evaluate.csv") == 1
+    train_ddpd.main(tiny_config("other", "--max-iters", load_run(run).it, "--seed", 5))
+    export.main(export.Flags("out/other", "ex/again"))
+    evaluate.main(flags)
+    printed = capsys.readouterr().out
+    assert "held other weights, which are replaced" in printed
+    assert "from evaluate.csv" not in printed
+
+
 def test_training_starts_from_an_export(run):
     flags = ["--init-from", "ex/digits", "--planner-lr", 0, "--denoiser-lr", 0]
     train_ddpd.main(tiny_config("continued", "--max-iters", 1, *flags))
