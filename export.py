@@ -62,7 +62,7 @@ NOT_SHOWN = (
     "run", "it", "train_seed", "s_per_sample", "commit", "device", "settings", "lo", "hi",
 )
 # Settings of a row that have a column
-IN_COLUMNS = ("it", "sampler", "nfe", "seed", "n_samples", "guidance")
+IN_COLUMNS = ("it", "weights", "sampler", "nfe", "seed", "n_samples", "guidance")
 
 # The picture
 

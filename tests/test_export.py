@@ -322,7 +322,7 @@ def test_the_cards_command_trains_with_the_same_config(flags, tmp_path):
     card = (tmp_path / "my export" / "README.md").read_text()
     words = shlex.split(re.search(r"^python train_ddpd.py (.*)$", card, re.MULTILINE)[1])
     read = config.load(argv=words)
-    assert (read.init_from, read.out_dir) == ("my export", "out/continued")
+    assert (read.init_from, read.out_dir) == ("PATH/my export", "out/continued")
     for name, value in vars(cfg).items():
         if name not in checkpoint.PRIVATE:
             assert getattr(read, name) == value, name
