@@ -61,7 +61,7 @@ class Make:
     name: str = ""          # folder under data/; "": chosen by the source
     folder: str = ""        # folder with the source's files, if it reads several; "": download them
     file: str = ""          # the source's file, if it reads one
-    image_size: int = 0     # tokens per side, if the source quantises images; 0: its default
+    image_size: int = 0     # tokens per side, with --encoder pixels; 0: the source's default
     grey_levels: int = 0    # grey levels, if the source quantises images; 0: its default
     palette: int = 0        # colours, if the source reads pictures in colour; 0: its default
     encoder: str = ""       # pictures: TorchScript file of an image tokenizer's encoder; it is run

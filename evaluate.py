@@ -58,7 +58,7 @@ import data
 import methods
 from diffusion import forcing, samplers
 from support import comparison, diagnostics, logs, metrics, pictures, runtime, sampling
-from support.checkpoint import digest, load_run
+from support.checkpoint import load_run
 from support.text import is_text, load_text
 from support.validate import find_decoder
 
@@ -99,8 +99,6 @@ class Judged:
         self.run = load_run(folder, device)
         self.spec = self.run.spec
         config_ = self.spec.config
-        weights = {name: net.state_dict() for name, net in self.run.nets.items()}
-        self.weights = digest(weights)[:HASH_CHARS]
         runtime.freeze(self.run.nets, device, config_["dtype"])
         self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]
         self.decoder = find_decoder(decoder, self.run.folder, self.spec.meta, device)
@@ -314,8 +312,8 @@ def plan_stages(row: str, judged: Judged, nfe: int, flags: Flags) -> list[Stage]
 
 def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> str:
     """All that a row depends on, as JSON: a row with the same settings need not be drawn again."""
-    settings = dict(it=judged.run.it, weights=judged.weights, sampler=row, nfe=nfe, seed=seed)
-    settings["n_samples"] = flags.n_samples
+    settings = dict(it=judged.run.it, weights=judged.run.digest[:HASH_CHARS])
+    settings |= dict(sampler=row, nfe=nfe, seed=seed, n_samples=flags.n_samples)
     settings |= dict(correct=flags.correct, **flags.sampler_options())
     if judged.spec.is_video:
         settings |= dict(frames=flags.frames, context_frames=flags.n_given)
@@ -645,10 +643,6 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    with runtime.one_voice():
-        try:
-            main(flags)
-        except KeyboardInterrupt:
-            line = "stopped: finished rows are kept, the same command continues"
-            raise SystemExit(line) from None
+    with runtime.one_voice("stopped: finished rows are kept, the same command continues"):
+        main(flags)
     runtime.leave_without_shutdown()

@@ -342,10 +342,6 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    with runtime.one_voice():
-        try:
-            main(flags)
-        except KeyboardInterrupt:
-            line = "stopped: finished batches are kept, the same command continues"
-            raise SystemExit(line) from None
+    with runtime.one_voice("stopped: finished batches are kept, the same command continues"):
+        main(flags)
     runtime.leave_without_shutdown()

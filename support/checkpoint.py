@@ -335,6 +335,7 @@ class Run(NamedTuple):
     folder: Path
     it: int
     device: torch.device
+    digest: str                             # of these weights
 
 
 def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
@@ -349,7 +350,7 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
         net.load_state_dict(state["ema"][name])
         net.eval().requires_grad_(False)
     place(nets, device)
-    return Run(spec, nets, folder, state["it"], device)
+    return Run(spec, nets, folder, state["it"], device, digest(state["ema"]))
 
 
 # Exported runs

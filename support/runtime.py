@@ -372,8 +372,9 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
-    """How a script ends: refusals in one line, said by one process of each machine.
+def one_voice(stopped: str = "") -> Iterator[None]:
+    """How a script ends: refusals in one line, said by one process of each machine; Ctrl-C with the
+    line `stopped`, if there is one.
 
     What the system refuses (a full disk, no permission, too little memory) needs no traceback
     either. torchrun's own report ends with the same line.
@@ -381,6 +382,8 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if stopped and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except (OSError, MemoryError, SystemExit) as error:
         message = error.code if isinstance(error, SystemExit) else named_line(error)

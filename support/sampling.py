@@ -15,6 +15,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import methods
 from diffusion.randomness import Streams
 from support import runtime, videos
-from support.checkpoint import Run, digest, sync_to_disk
+from support.checkpoint import Run, digest, locked, sync_to_disk
 
 BATCH = 250                 # sequences at a time, where their logits are not too many
 MAX_LOGITS = 2**27          # at once: samplers hold about six numbers for each
@@ -34,7 +35,8 @@ POLL_S = 0.2                # seconds between looks at what other processes have
 HASH_CHARS = 6              # of a digest, in the name of a folder
 MAX_NAME = 100              # characters of that name
 SHORT = {"guidance": "g", "planner_guidance": "pg", "temperature": "t"}     # in that name
-CODE = ("model.py", "methods.py", "diffusion")      # what samples depend on, beside the weights
+# What samples depend on, beside the weights
+CODE = ("model.py", "methods.py", "diffusion", "support/attention.py", "support/sampling.py")
 
 
 class Request(NamedTuple):
@@ -156,7 +158,7 @@ def identity(run: Run, request: Request) -> str:
     own = [None if np.array_equal(request.labels, in_turn) else request.labels]
     own += [request.known_tokens, request.known]
     return digest({
-        "weights": {name: net.state_dict() for name, net in run.nets.items()},
+        "weights": run.digest,
         "code": code_digest(),
         "settings": [request.sampler, sorted(request.options.items()), request.seed],
         "own": [None if y is None else torch.as_tensor(y) for y in own],
@@ -181,7 +183,7 @@ def draw_all(
     n_recorded: int = 0, on_batch: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[videos.Moment]:
     """Draw what a folder lacks of a request; all processes take part, and all return when it is
-    complete.
+    complete. A folder that another command draws into is refused.
 
     on_batch is called with the first index and the tokens (b, N) of each batch that this process
     draws  ->  the first n_recorded samples step by step, on rank 0
@@ -190,29 +192,45 @@ def draw_all(
     size = min(batch_size or BATCH, limit)
     todo = None
     moments = []
-    with runtime.main_alone(world) as is_main, runtime.one_line_errors(OSError):
-        if is_main:
-            todo = prepare(folder, request, identity(run, request), size)
-    todo = from_main(todo, world)
-    if todo is not None:
-        with Progress(request, world) as bar, runtime.one_line_errors(OSError):
-            for rows in todo[world.rank::world.size]:
-                on_step = step_of(bar, folder, len(rows) * world.size, request)
-                n_now = min(n_recorded, len(rows)) if rows.start == 0 else 0
-                batch = draw_batch(run, request, rows, n_now, on_step)
-                moments = moments or batch.moments
-                if on_batch:
-                    on_batch(rows.start, batch.tokens)
-                write_part(folder, rows, request, batch, run.spec)
-            with runtime.main_alone(world) as is_main:
-                if is_main:
-                    wait_for_parts(folder, todo, bar)
-                    settings = {"sampler": request.sampler, "seed": request.seed}
-                    settings |= request.options | {"it": run.it, "commit": runtime.commit()}
-                    merge(folder, settings)
+    with ExitStack() as stack, runtime.one_line_errors(OSError):
+        with runtime.main_alone(world) as is_main:
+            if is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder))
+                todo = prepare(folder, request, identity(run, request), size)
+        todo = from_main(todo, world)
+        if todo is not None:
+            moments = draw_missing(run, request, folder, world, todo, n_recorded, on_batch)
     is_recorded = moments and len(moments[0].x) == n_recorded
     if world.is_main and n_recorded and not is_recorded:    # drawn before, or in small batches
         moments = draw_batch(run, request, range(n_recorded), n_recorded).moments
+    return moments
+
+
+def draw_missing(
+    run: Run, request: Request, folder: Path, world: runtime.World, todo: list[range],
+    n_recorded: int, on_batch: Callable[[int, np.ndarray], None] | None,
+) -> list[videos.Moment]:
+    """Draw these batches, in turn by all processes, and complete the folder.
+
+    ->  the samples of the first batch step by step, if this process draws it, n_recorded at most
+    """
+    moments = []
+    with Progress(request, world) as bar:
+        for rows in todo[world.rank::world.size]:
+            on_step = step_of(bar, folder, len(rows) * world.size, request)
+            n_now = min(n_recorded, len(rows)) if rows.start == 0 else 0
+            batch = draw_batch(run, request, rows, n_now, on_step)
+            moments = moments or batch.moments
+            if on_batch:
+                on_batch(rows.start, batch.tokens)
+            write_part(folder, rows, request, batch, run.spec)
+        with runtime.main_alone(world) as is_main:
+            if is_main:
+                wait_for_parts(folder, todo, bar)
+                settings = {"sampler": request.sampler, "seed": request.seed}
+                settings |= request.options | {"it": run.it, "commit": runtime.commit()}
+                merge(folder, settings)
     return moments
 
 

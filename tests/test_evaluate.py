@@ -285,7 +285,7 @@ def test_ctrl_c_keeps_what_is_finished(runs):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 128 + signal.SIGINT
     assert said.strip().splitlines()[-1].endswith("the same command continues")
     assert "Traceback" not in said
     n_finished = len(finished())

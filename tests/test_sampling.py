@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, meta_of, save_run, script, tiny_config
+from conftest import ROOT, meta_of, refusal, save_run, script, tiny_config
 
 import train_ddpd
 from support import runtime, sampling
-from support.checkpoint import load_run
+from support.checkpoint import load_run, locked
 
 ALONE = runtime.World(0, 1, torch.device("cpu"))
 
@@ -70,7 +70,7 @@ def test_samples_do_not_depend_on_batches_and_kills(run, tmp_path):
     assert starts == [12]
     assert np.array_equal(whole, rest)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
-        "identity", "samples.npz"
+        ".lock", "identity", "samples.npz"
     ]
 
 
@@ -91,11 +91,8 @@ def test_other_settings_weights_and_labels_are_drawn_anew(run, tmp_path, capsys)
     other_labels = request(10)._replace(labels=np.zeros(10, np.int64))
     assert drawn(run, other_labels, tmp_path)[1] == [0]
     assert drawn(run, other_labels, tmp_path)[1] == []
-    with torch.no_grad():
-        next(run.nets["denoiser"].parameters()).add_(1)
-    assert drawn(run, other_labels, tmp_path)[1] == [0]
-    with torch.no_grad():
-        next(run.nets["denoiser"].parameters()).sub_(1)
+    other_weights = run._replace(digest="of other weights")
+    assert drawn(other_weights, other_labels, tmp_path)[1] == [0]
     assert capsys.readouterr().out.count("drawn anew") == 3
 
 
@@ -119,6 +116,12 @@ def test_names_of_folders():
     )
     long = [sampling.folder_name(asked, "x" * 150 + end) for end in "ab"]
     assert long[0] != long[1] and len(long[0]) < 120
+
+
+def test_a_folder_in_use_is_refused(run, tmp_path):
+    with locked(tmp_path):
+        assert "is in use by process" in refusal(drawn, run, request(3), tmp_path)
+    assert drawn(run, request(3), tmp_path)[1] == [0]
 
 
 def test_gaps():
