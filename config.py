@@ -36,6 +36,7 @@ NotNegative = Annotated[int, Bound(0)]
 NotNegativeFloat = Annotated[float, Bound(0)]
 Share = Annotated[float, Bound(0, 1)]
 Seed = Annotated[int, Bound(0, 2**32 - 1)]      # distinct seeds are distinct orders of the data
+RENAMED = {"--n-samples": "--n"}                # flags of older versions
 PROSE = "prose"
 Prose = Annotated[str, PROSE]                   # may be long and have several lines
 
@@ -348,6 +349,8 @@ def refuse_unknown_flags(cls: type, argv: list[str]) -> None:
     for arg in argv:
         flag = arg.split("=")[0].replace("_", "-")
         if arg.startswith("--") and flag not in flags:
+            if RENAMED.get(flag) in flags:
+                raise SystemExit(f"{flag} is now called {RENAMED[flag]}")
             raise SystemExit(f"unknown flag {flag}; {nearest(flag, flags)}")
 
 

@@ -1,7 +1,6 @@
 """Judge runs by their samples, at equal numbers of network calls.
 
-python evaluate.py out/digits --samplers ddpd ancestral confidence remdm --nfe 8 16 32 64
---n-samples 500
+python evaluate.py out/digits --samplers ddpd ancestral confidence --nfe 8 16 32 64 --n 500
 """
 
 import typing
@@ -16,7 +15,7 @@ class EvaluateOptions:
     runs: tuple[str, ...]                   # folders of runs, exported or not, or hf://OWNER/NAME
     samplers: tuple[str, ...] = ()          # those of a method, or random; (): a run's first
     nfe: tuple[int, ...] = ()               # network calls per sample, or per frame of a video
-    n_samples: int = 500                    # samples per row, classes in turn
+    n: int = 500                            # samples per row, classes in turn
     seeds: tuple[int, ...] = (0,)           # of the sampling noise; one row each
     batch_size: config.NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
     correct: config.NotNegative = 0         # gidd: a second row after steps of self-correction
@@ -102,6 +101,11 @@ class Judged:
         runtime.freeze(self.run.nets, device, config_["dtype"])
         self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]
         self.decoder = find_decoder(decoder, self.run.folder, self.spec.meta, device)
+        self.files = {}         # name -> path of each file written beside the table
+
+    def path_of(self, name: str) -> Path:
+        """Of a file in the run's folder, which is listed at the end."""
+        return self.files.setdefault(name, self.run.folder / name)
 
     @functools.cached_property
     def metrics(self):
@@ -158,12 +162,12 @@ class Judged:
         return n_tokens if known is None else round((~known).mean() * n_tokens)
 
     def held_out(self, flags: Flags) -> "HeldOut":
-        """What samples start from: held-out sequences, n_samples at most, or classes in turn."""
+        """What samples start from: held-out sequences, n at most, or classes in turn."""
         spec = self.spec
         if not spec.is_video and not spec.meta["given"]:
-            return HeldOut(np.arange(flags.n_samples) % max(1, spec.n_classes))
+            return HeldOut(np.arange(flags.n) % max(1, spec.n_classes))
         val = self.splits["val"]
-        real, labels = val.spread_subset(min(flags.n_samples, len(val)))
+        real, labels = val.spread_subset(min(flags.n, len(val)))
         if spec.is_video:
             real = self.real_frames(real.reshape(len(real), *spec.grid), self.n_frames(flags))
         known = data.context_mask(spec.meta, torch.from_numpy(real), flags.n_given)
@@ -313,7 +317,7 @@ def plan_stages(row: str, judged: Judged, nfe: int, flags: Flags) -> list[Stage]
 def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> str:
     """All that a row depends on, as JSON: a row with the same settings need not be drawn again."""
     settings = dict(it=judged.run.it, weights=judged.run.digest[:HASH_CHARS])
-    settings |= dict(sampler=row, nfe=nfe, seed=seed, n_samples=flags.n_samples)
+    settings |= dict(sampler=row, nfe=nfe, seed=seed, n_samples=flags.n)
     settings |= dict(correct=flags.correct, **flags.sampler_options())
     if judged.spec.is_video:
         settings |= dict(frames=flags.frames, context_frames=flags.n_given)
@@ -405,7 +409,7 @@ def judge(
         )
         out |= scores
         if spec.is_video:
-            write_frames(run.folder / "frames.csv", out, per_frame)
+            write_frames(judged.path_of("frames.csv"), out, per_frame)
         out |= bits_columns(bits)
         out |= dict(
             commit=runtime.commit(), device=runtime.device_name(run.device),
@@ -452,14 +456,14 @@ def draw_neighbours(
         for label, distance in zip(labels, distances, strict=False)
     ]
     pairs = np.stack([tokens, nearest], 1).reshape(len(tokens), 2, *meta["grid"])
-    path = judged.run.folder / f"neighbours_{sampler}_{nfe}.png"
+    path = judged.path_of(f"neighbours_{sampler}_{nfe}.png")
     title = [f"{sampler} at {nfe} NFE", "below: the nearest training pictures"]
     pictures.pairs_png(path, pairs, captions, meta, title, judged.decoder)
 
 
 def write_images(judged: Judged, name: str, tokens: np.ndarray) -> None:
     """Decoded samples as uint8 (n, H, W, 3) under arr_0: the layout of the ADM evaluation suite."""
-    np.savez(judged.run.folder / f"{name}.npz", judged.decoded(tokens))
+    np.savez(judged.path_of(f"{name}.npz"), judged.decoded(tokens))
 
 
 # The table
@@ -480,8 +484,8 @@ def check_flags(flags: Flags) -> None:
             raise SystemExit(f"--samplers {name} is not one of {', '.join(SAMPLERS)}")
     if not flags.runs or not flags.seeds:
         raise SystemExit("name at least one run and --seeds")
-    if min(flags.nfe, default=1) < 1 or flags.n_samples < 2:
-        raise SystemExit("--nfe must be at least 1, --n-samples at least 2")
+    if min(flags.nfe, default=1) < 1 or flags.n < 2:
+        raise SystemExit("--nfe must be at least 1, --n at least 2")
     if not all(0 <= seed < 2**32 for seed in flags.seeds):
         raise SystemExit("--seeds must lie in [0, 4294967295]")
     if flags.n_given < 0:
@@ -561,6 +565,7 @@ def describe_run(judged: Judged, flags: Flags, table: comparison.Table) -> Bits 
         x0, label = (torch.from_numpy(y) for y in judged.splits["val"].spread_subset(N_PLANNER))
         limit = min(64, sampling.batch_limit(spec, "", 1))
         diagnostics.report_planner(judged.run, x0, label, limit)
+        judged.path_of("reliability.png")
     held_out = held_out_scores(judged)
     if "features" in held_out:
         print(f"features for Frechet distance, precision and recall: {held_out['features']}")
@@ -570,10 +575,12 @@ def describe_run(judged: Judged, flags: Flags, table: comparison.Table) -> Bits 
 
 
 def write_misfit(judged: Judged, name: str) -> None:
-    """The row of a sampler that does not fit the run."""
-    folder = judged.run.folder
-    row = dict(run=str(folder), sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a")
-    logs.append_rows(folder / "evaluate.csv", row)
+    """The row of a sampler that does not fit the run, unless it is there."""
+    path = judged.run.folder / "evaluate.csv"
+    row = dict(run=str(judged.run.folder), sampler=name, steps="n/a", nfe="n/a", judge_acc="n/a")
+    known = [(old["sampler"], old["steps"]) for old in logs.read_rows(path)]
+    if (name, "n/a") not in known:
+        logs.append_rows(path, row)
     print(f"  {name}: n/a for a {judged.spec.name} run")
 
 
@@ -622,23 +629,37 @@ def known_rows(
     return rows
 
 
+def summary(folders: list[Path], files: list[Path], plot: Path | None) -> str:
+    """Where the tables and pictures are, in one line."""
+    tables = ", ".join(str(folder / "evaluate.csv") for folder in folders)
+    written = [str(path) for path in files]
+    if plot is not None:
+        has_several = len(folders) > 1
+        written.insert(0, f"{plot}{' (a plot of all runs)' * has_several}")
+    return f"rows: {tables}" + f"; wrote {', '.join(written)}" * bool(written)
+
+
 def main(flags: Flags) -> None:
     check_flags(flags)
     world = runtime.start()
     rows = []
     held_out = {}
     folders = []
+    files = []
     for name in flags.runs:
         judged = Judged(name, world.device, flags.decoder)
         folder = judged.run.folder
         folders.append(folder)
         evaluate_run(judged, flags, world)
+        files += judged.files.values()
         if world.is_main:
             held_out[str(folder)] = held_out_scores(judged)
             table = logs.read_numbers(folder / "evaluate.csv")
             rows += [row | {"run": str(folder)} for row in table]
     if world.is_main:
-        comparison.plot(rows, held_out, folders[0] / "evaluate.png")
+        plot = folders[0] / "evaluate.png"
+        is_drawn = comparison.plot(rows, held_out, plot)
+        print(summary(folders, files, plot if is_drawn else None))
     runtime.end()
 
 

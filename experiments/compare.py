@@ -65,7 +65,7 @@ def sample_run(method: str, seed: int) -> None:
     if not missing:
         return
     judged = evaluate.Judged(folder, runtime.pick_device())
-    flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES)
+    flags = evaluate.Flags(runs=(), n=N_SAMPLES)
     bits = judged.bits()
     for sampler, nfe in missing:
         [row] = evaluate.evaluate(judged, sampler, nfe, seed, flags, bits)

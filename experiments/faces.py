@@ -86,11 +86,11 @@ def sample_run(method: str, seed: int) -> None:
 def sample_row(judged: evaluate.Judged, sampler: str, nfe: int, seed: int, bits) -> dict:
     """Scores of faces made with nfe calls; where they are corrected, half of the calls do that."""
     if sampler != CORRECTED:
-        flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES)
+        flags = evaluate.Flags(runs=(), n=N_SAMPLES)
         [row] = evaluate.evaluate(judged, sampler, nfe, seed, flags, bits)
         return row
     half = nfe // 2
-    flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES, correct=half)
+    flags = evaluate.Flags(runs=(), n=N_SAMPLES, correct=half)
     _, row = evaluate.evaluate(judged, "ancestral", half, seed, flags, bits)
     return row
 

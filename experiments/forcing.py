@@ -114,7 +114,7 @@ class Job(NamedTuple):
 
 def bounce_jobs(name: str, noise: Noise) -> list[Job]:
     near = evaluate.Flags(runs=(), frames=NEAR, lag=LAG[name], temperature=TEMPERATURE)
-    far = replace(near, frames=FAR, n_samples=N_FAR)
+    far = replace(near, frames=FAR, n=N_FAR)
     flipped = replace(near, flips=FLIPS)
     told = replace(flipped, context_level=flip_rate_to_level(FLIPS, noise))
     jobs = [
@@ -141,7 +141,7 @@ def maze_jobs(name: str, seed: int) -> list[Job]:
     jobs = []
     for sampler in samplers:
         for nfe in NFE:
-            flags = evaluate.Flags(runs=(), n_samples=N_MAZES, correct=nfe)
+            flags = evaluate.Flags(runs=(), n=N_MAZES, correct=nfe)
             jobs.append(Job(f"{sampler} {nfe}", sampler, nfe, flags))
     return jobs
 
@@ -199,7 +199,7 @@ def guide(judged: evaluate.Judged) -> None:
     forcing_maze.csv; the samples are PARTICLES paths for each maze.
     """
     path = judged.metrics.source.PATH
-    mazes = judged.held_out(evaluate.Flags(runs=(), n_samples=N_GUIDED))
+    mazes = judged.held_out(evaluate.Flags(runs=(), n=N_GUIDED))
     real, known_tokens, known = (np.repeat(y, PARTICLES, axis=0) for y in mazes[1:])
     free = draw_paths(judged, known_tokens, known, seed=0)
     is_valid = score(judged, free)["valid"]                             # (mazes * particles,)

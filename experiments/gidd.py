@@ -77,7 +77,7 @@ def sample_run(data: str, kind: str, seed: int) -> None:
     sampler = "ddpd" if kind == "ddpd" else "ancestral"
     shown = ["run", "sampler", "steps", "nfe", *COLUMNS[data]]
     for nfe in missing:
-        flags = evaluate.Flags(runs=(), n_samples=N_SAMPLES[data], correct=nfe)
+        flags = evaluate.Flags(runs=(), n=N_SAMPLES[data], correct=nfe)
         for row in evaluate.evaluate(judged, sampler, nfe, seed, flags, bits):
             table.add(row | {"calls": nfe})
             print(*[row[column] for column in shown], flush=True)

@@ -156,8 +156,8 @@ def labels_of(lines: Iterable[tuple[str, str, str]]) -> list[str]:
     return labels
 
 
-def plot(rows: Iterable[Row], held_out: dict[str, dict[str, float]], path: str | Path) -> None:
-    """Quality against NFE and against seconds. Nothing is drawn where no row has a quality.
+def plot(rows: Iterable[Row], held_out: dict[str, dict[str, float]], path: str | Path) -> bool:
+    """Quality against NFE and against seconds.  -> False where no row has a quality to draw
 
     held_out: {run: scores of its held-out data}, which are dashed lines
     """
@@ -165,7 +165,7 @@ def plot(rows: Iterable[Row], held_out: dict[str, dict[str, float]], path: str |
     points = [point for of_line in lines.values() for point in of_line]
     columns = [column for column in QUALITY if any(column in point.quality for point in points)]
     if not columns:
-        return
+        return False
     height = 3.4 * len(columns)
     figure, panels = figures.open_figure(len(columns), len(COSTS), 11, height, sharey="row")
     levels = levels_of(held_out, columns)
@@ -190,6 +190,7 @@ def plot(rows: Iterable[Row], held_out: dict[str, dict[str, float]], path: str |
         handles.values(), handles.keys(), loc="outside right upper", fontsize=8, frameon=False
     )
     figures.save_figure(figure, path)
+    return True
 
 
 def levels_of(held_out: dict[str, dict[str, float]], columns: list[str]) -> dict[str, dict]:

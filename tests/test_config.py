@@ -207,6 +207,8 @@ def test_a_config_that_does_not_exist_is_refused():
 def test_typos_in_flags_name_the_nearest():
     nearest = "unknown flag --bath-size; did you mean --batch-size?"
     assert load_refusal("--bath-size", 3) == nearest
+    renamed = "--n-samples is now called --n"
+    assert refusal(config.load, evaluate.Flags, ["out/x", "--n-samples", "5"]) == renamed
     nearest = "unknown flag --planner-lrr; did you mean --planner-lr?"
     assert load_refusal("--planner_lrr=3") == nearest
 

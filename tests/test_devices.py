@@ -425,7 +425,7 @@ def test_a_run_is_judged(name, judged):
     assert judged.run.nets["denoiser"].head.weight.device == judged.run.device
     for bits, error in judged.bits().values():
         assert math.isfinite(bits) and math.isfinite(error)
-    flags = evaluate.Flags(runs=(), n_samples=6, frames=10 if name == "video" else 0)
+    flags = evaluate.Flags(runs=(), n=6, frames=10 if name == "video" else 0)
     labels, _, known_tokens, known = judged.held_out(flags)
     sampler = next(iter(judged.spec.method.samplers))
     options = dict(n_steps=2, guidance=1.5)

@@ -162,7 +162,7 @@ def runs(folder):
 def test_one_table_over_runs(runs):
     """Rows for what fits, "n/a" for what does not; nfe is what was called; the plots are there."""
     samplers = ["--samplers", "ddpd", "ancestral", "remdm"]
-    size = ["--nfe", 2, 4, "--n-samples", 20, "--batch-size", 7]
+    size = ["--nfe", 2, 4, "--n", 20, "--batch-size", 7]
     done = script("evaluate.py", *runs, *samplers, *size, "--planner")
     assert done.returncode == 0, done.stderr
     assert "remdm: n/a for a ddpd-single run" in done.stdout
@@ -193,6 +193,10 @@ def test_one_table_over_runs(runs):
         nfe = float(row["steps"]) * (2 if is_two_calls else 1)
         assert float(row["nfe"]) == pytest.approx(nfe, abs=1)
         assert all(row[column] != "" for column in columns)
+    files = "out/a/evaluate.png (a plot of all runs), out/a/reliability.png, out/a/neighbours_"
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"rows: out/a/evaluate.csv, out/b/evaluate.csv; wrote {files}")
+    assert "out/b/neighbours_ancestral_4.png" in last
     assert Path("out/a/evaluate.png").stat().st_size > 1000
     assert Path("out/b/reliability.png").stat().st_size > 1000
 
@@ -209,7 +213,7 @@ def test_one_table_over_runs(runs):
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(runs, flags, said):
-    done = script("evaluate.py", "out/b", "--n-samples", 4, *flags)
+    done = script("evaluate.py", "out/b", "--n", 4, *flags)
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -219,11 +223,31 @@ def test_correction_has_a_row_of_its_own(folder):
     """A gidd run, before and after self-correction: calls of both stages are counted."""
     gidd = ["--method", "gidd", "--p-uniform", 0.2]
     train_ddpd.main(tiny_config("g", "--max-iters", 2, *gidd))
-    last_batch_of_one = ["--n-samples", 20, "--batch-size", 19]
+    last_batch_of_one = ["--n", 20, "--batch-size", 19]
     done = script("evaluate.py", "out/g", "--nfe", 3, "--correct", 2, *last_batch_of_one)
     assert done.returncode == 0, done.stderr
     rows = [(row["sampler"], row["nfe"]) for row in rows_of("out/g")]
     assert rows == [("ancestral", "3.0"), ("ancestral+correct", "5.0")]
+
+
+def test_a_misfit_has_one_row(tmp_path, capsys):
+    """However often the same samplers are asked for."""
+    run = types.SimpleNamespace(folder=tmp_path)
+    judged = types.SimpleNamespace(run=run, spec=tiny_spec("ddpd-single"))
+    for name in ("remdm", "remdm", "confidence"):
+        evaluate.write_misfit(judged, name)
+    samplers = [row["sampler"] for row in rows_of(tmp_path)]
+    assert samplers == ["remdm", "confidence"]
+    assert capsys.readouterr().out.count("remdm: n/a") == 2
+
+
+def test_the_last_line_says_what_was_written():
+    """The plot of one run, and none where no row has a quality."""
+    folder = Path("out/x")
+    plot = folder / "evaluate.png"
+    rows = "rows: out/x/evaluate.csv"
+    assert evaluate.summary([folder], [], None) == rows
+    assert evaluate.summary([folder], [], plot) == f"{rows}; wrote out/x/evaluate.png"
 
 
 def test_labels_belong_to_the_known_tokens():
@@ -237,7 +261,7 @@ def test_labels_belong_to_the_known_tokens():
             return real[:n], np.array([2, 1])[:n]
 
     judged.splits = {"val": TwoSequences([0, 1])}
-    flags = evaluate.Flags(runs=("x",), n_samples=5)
+    flags = evaluate.Flags(runs=("x",), n=5)
     assert judged.held_out(flags).labels.tolist() == [0, 1, 2, 0, 1]    # nothing known: in turn
     judged.spec = judged.spec._replace(meta=judged.spec.meta | dict(given=[0]))
     held_out = judged.held_out(flags)
@@ -247,7 +271,7 @@ def test_labels_belong_to_the_known_tokens():
 
 def test_finished_rows_are_not_drawn_again(runs):
     """The same command reads them from evaluate.csv, other settings or --again draw anew."""
-    command = ["evaluate.py", "out/a", "--nfe", 2, "--n-samples", 6, "--seeds", 5]
+    command = ["evaluate.py", "out/a", "--nfe", 2, "--n", 6, "--seeds", 5]
 
     def n_rows():
         return len([row for row in rows_of("out/a") if row["seed"] == "5"])
@@ -271,7 +295,7 @@ def test_finished_rows_are_not_drawn_again(runs):
 def test_ctrl_c_keeps_what_is_finished(runs):
     """No traceback, and a word on how to go on; the same command reads the finished rows."""
     many = [str(nfe) for nfe in range(2, 400)]
-    command = [sys.executable, ROOT / "evaluate.py", "out/b", "--n-samples", "4", "--seeds", "77"]
+    command = [sys.executable, ROOT / "evaluate.py", "out/b", "--n", "4", "--seeds", "77"]
     process = subprocess.Popen(
         [*command, "--nfe", *many], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -296,7 +320,7 @@ def test_ctrl_c_keeps_what_is_finished(runs):
 
 
 def test_a_run_of_another_method_has_no_correction(runs):
-    shape = ["--nfe", 4, "--n-samples", 4, "--seeds", 9]
+    shape = ["--nfe", 4, "--n", 4, "--seeds", 9]
     done = script("evaluate.py", "out/a", *shape, "--correct", 2)
     assert done.returncode == 1
     assert "--correct means nothing for a ddpd-mask run" in done.stderr
@@ -311,7 +335,7 @@ def test_images_for_outside_suites(runs):
             return (tokens / 8.0 - 1)[:, None].expand(-1, 3, -1, -1).clone()
 
     torch.jit.script(Grey()).save("grey.jit")
-    size = ["--nfe", 2, "--n-samples", 5, "--batch-size", 2]
+    size = ["--nfe", 2, "--n", 5, "--batch-size", 2]
     done = script("evaluate.py", "out/a", *size, "--decoder", "grey.jit")
     assert done.returncode == 0, done.stderr
     images = np.load("out/a/ddpd_2_seed0_guidance1.npz")["arr_0"]

@@ -107,7 +107,7 @@ def test_an_export_is_judged_as_its_run_is(run):
     """The same row; the card shows it, and none that judged other weights."""
     rows = []
     for folder in (str(run), "ex/digits"):
-        evaluate.main(evaluate.Flags((folder,), nfe=(4,), n_samples=20, temperature=0.5))
+        evaluate.main(evaluate.Flags((folder,), nfe=(4,), n=20, temperature=0.5))
         with open(Path(folder) / "evaluate.csv") as file:
             rows.append(list(csv.DictReader(file))[-1])
     assert (Path("ex/digits") / "evaluate.png").exists()
@@ -124,7 +124,7 @@ def test_an_export_is_judged_as_its_run_is(run):
 
 def test_rows_of_other_weights_are_not_taken_for_these(run, capsys):
     """An export of other weights into the same folder, at the same iteration, is judged anew."""
-    flags = evaluate.Flags(("ex/again",), nfe=(4,), n_samples=20, bits=False)
+    flags = evaluate.Flags(("ex/again",), nfe=(4,), n=20, bits=False)
     export.main(export.Flags(str(run), "ex/again"))
     evaluate.main(flags)
     evaluate.main(flags)
@@ -399,7 +399,7 @@ def test_a_pushed_run_is_sampled_and_trained_on(run, fake_hub, capsys):
     sample.main(sample.Flags("hf://me/model", n_steps=1, n_video=1))
     files = {path.name for path in samples_of(pulled.folder).iterdir()}
     assert files >= {"samples.png", "samples.npz", "planner.gif"}
-    evaluate.main(evaluate.Flags(("hf://me/model",), nfe=(2,), n_samples=10))
+    evaluate.main(evaluate.Flags(("hf://me/model",), nfe=(2,), n=10))
     assert (pulled.folder / "evaluate.png").exists()
 
     flags = ["--init-from", "hf://me/model", "--planner-lr", 0, "--denoiser-lr", 0]

@@ -190,7 +190,7 @@ def test_a_run_in_colour_is_judged(tmp_path, monkeypatch):
     meta, _ = make_squares("squares")
     save_run("out/squares", meta, "--data", "squares")
     judged = evaluate.Judged("out/squares", torch.device("cpu"))
-    flags = evaluate.Flags(runs=(), n_samples=4)
+    flags = evaluate.Flags(runs=(), n=4)
     [row] = evaluate.evaluate(judged, "ddpd", 8, 0, flags, {})
     assert {"judge_acc", "frechet", "copies", "features"} <= set(row)
     assert Path("out/squares/neighbours_ddpd_8.png").stat().st_size > 500

@@ -69,7 +69,7 @@ def test_the_first_line(trained):
     assert saved["labels"].tolist() == [7, 7, 10]
     assert json.loads(str(saved["settings"]))["n_steps"] == 3
 
-    done = script(*evaluate, "--nfe", 4, "--n-samples", 20)
+    done = script(*evaluate, "--nfe", 4, "--n", 20)
     assert done.returncode == 0, done.stderr
     with open("out/digits/evaluate.csv") as file:
         row = list(csv.DictReader(file))[-1]

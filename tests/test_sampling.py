@@ -157,7 +157,7 @@ def test_two_processes_draw_the_samples_of_one(tmp_path):
         assert len(list((tmp_path / name / "png").iterdir())) == 30
         assert (tmp_path / name / "planner.gif").exists()
 
-    evaluate = ["evaluate.py", "out/pair", "--nfe", 6, "--n-samples", 30, "--batch-size", 4]
+    evaluate = ["evaluate.py", "out/pair", "--nfe", 6, "--n", 30, "--batch-size", 4]
     printed = torchrun(*evaluate, "--no-bits")
     with open("out/pair/evaluate.csv") as file:
         rows = list(csv.DictReader(file))

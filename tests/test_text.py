@@ -252,7 +252,7 @@ def test_the_tokenizer_travels_with_the_run(book, capsys):
 def test_a_run_on_tokens_is_judged_by_bytes(book):
     meta, _ = make_words(train_tokenizer=300, length=16)
     save_text_run("words", meta)
-    argv = ["out/words", "--n-samples", "4", "--nfe", "2"]
+    argv = ["out/words", "--n", "4", "--nfe", "2"]
     evaluate.main(config.load(evaluate.Flags, argv))
     header, row = Path("out/words/evaluate.csv").read_text().splitlines()
     column = header.split(",").index("ngram_bits")

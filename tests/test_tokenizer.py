@@ -114,7 +114,7 @@ def test_from_a_folder_to_a_run():
          "tok/encoder.jit", "--name", "squares"],
         ["train_ddpd.py", *TINY, "--data", "squares", "--max-iters", 2, "--out-dir", "out/squares"],
         ["sample.py", "out/squares", "--n-steps", 2, "--n-video", 2],
-        ["evaluate.py", "out/squares", "--n-samples", 4, "--nfe", 4],
+        ["evaluate.py", "out/squares", "--n", 4, "--nfe", 4],
     ]
     for command in commands:
         done = script(*command)

@@ -217,7 +217,7 @@ def test_a_maze_run(flags, samplers, picture, few_mazes):
     assert (tokens[is_known] == real[is_known]).all()
     assert tokens.max() < 5
     n_correct = 2 if method == "gidd" else 0
-    budget = ["--nfe", 4, "--n-samples", 6, "--correct", n_correct]
+    budget = ["--nfe", 4, "--n", 6, "--correct", n_correct]
     succeed("evaluate.py", out, "--samplers", *samplers, *budget)
     rows = read_csv(out, "evaluate.csv")
     corrected = ["ancestral+correct"] if method == "gidd" else []
@@ -232,7 +232,7 @@ def test_videos_are_judged_frame_by_frame():
     train = [*TINY, "--method", "forcing", "--data", "bounce", "--batch-size", 2]
     train += ["--eval-sequences", 4, "--causal", "--max-iters", 1, "--out-dir", out]
     succeed("train_ddpd.py", *train)
-    evaluate = ["evaluate.py", out, "--n-samples", 3, "--nfe", 2]
+    evaluate = ["evaluate.py", out, "--n", 3, "--nfe", 2]
     corrupted = ["--frames", 12, "--stabilization-level", 0.02, "--flips", 0.1]
     for flags in ([], [*corrupted, "--context-level", 0.1], ["--lag", 0]):
         done = succeed(*evaluate, *flags)
