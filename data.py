@@ -87,6 +87,7 @@ LARGEST = {                 # of the options that are sizes
 MAX_TEXT = 1000             # characters of the options that are texts
 MAX_NAME = 200              # characters of a folder's name
 MAX_SHOWN = 100             # characters of a value in a message
+MAX_LISTED = 20             # folders in a message
 
 
 # Reading
@@ -361,11 +362,14 @@ def make_if_missing(name: str, image_size: int, grey_levels: int) -> Path:
 
 
 def suggestion(name: str) -> str:
-    """The source closest to a misspelt name, or all of them."""
-    close = difflib.get_close_matches(name, source_names(), n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"sources: {', '.join(source_names())}"
+    """All names there are, and the one closest to a misspelt one, if any is."""
+    sources = source_names()
+    made = sorted(path.parent.name for path in ROOT.glob("[!.]*/meta.json"))
+    close = difflib.get_close_matches(name, sources + made, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    others = [f"{ROOT}/{folder}" for folder in made if folder not in sources]
+    rest = ", ..." if len(others) > MAX_LISTED else ""
+    return f"there are {', '.join(sources + others[:MAX_LISTED])}{rest}{hint}"
 
 
 # Files that travel with the tokens
@@ -653,6 +657,30 @@ def is_plain(text: str) -> bool:
     return not any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in text)
 
 
+def train_command(folder: Path) -> str:
+    """How to train on a folder that was made: by a config for it, best of its name, or --data."""
+    import config
+
+    meta = read_meta(folder)
+    paths = sorted(config.CONFIGS.glob("*.py"))
+    for path in sorted(paths, key=lambda path: path.stem != folder.name):
+        values = vars(config.Config()) | config.read_file(path)
+        shape = values["vocab"], list(values["grid"])
+        is_shape = not values["vocab"] or shape == (meta["vocab"], meta["grid"])
+        if is_shape and folder_of_config(values) == folder:
+            return f"python train_ddpd.py {path.stem}"
+    return f"python train_ddpd.py --data {folder.name}"
+
+
+def folder_of_config(values: dict) -> Path:
+    """The data of a config's values."""
+    name = values["data"]
+    if name not in source_names():
+        return folder_of(name)
+    sizes = {key: values[key] for key in ("image_size", "grey_levels")}
+    return ROOT / import_source(name).folder_name(Make(name, **sizes))
+
+
 def main() -> None:
     if sys.argv[1:] == ["--list"]:
         print(list_sources())
@@ -665,6 +693,7 @@ def main() -> None:
     if has_data(folder):
         raise SystemExit(f"{folder} is there already: remove it first, or choose another --name")
     make(source, folder, options)
+    print(f"Next: {train_command(folder)}")
 
 
 if __name__ == "__main__":

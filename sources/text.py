@@ -92,14 +92,25 @@ def split_windows(path: Path, size: int, tokenizer, length: int) -> Iterator[tup
     middle = int(size * (1 - VAL_SHARE))
     if tokenizer:
         middle = char_start(path, middle)
+    n_tokens = []               # of each piece that is read
     for split, start, stop in (("train", 0, middle), ("val", middle, size)):
         is_empty = True
-        for tokens in windows(read_tokens(path, start, stop, tokenizer), length):
+        stream = counted(read_tokens(path, start, stop, tokenizer), n_tokens)
+        for tokens in windows(stream, length):
             is_empty = False
             yield split, tokens, np.zeros(len(tokens), np.int64)
         if is_empty:
             raise SystemExit(f"{path}: {stop - start} bytes for {split} are too few for sequences "
                              f"of {length}")
+    if tokenizer:
+        print(f"{path}: {size / sum(n_tokens):.2f} bytes per token")
+
+
+def counted(stream: Iterable[np.ndarray], lengths: list[int]) -> Iterator[np.ndarray]:
+    """The stream itself; the lengths of its pieces are noted."""
+    for tokens in stream:
+        lengths.append(len(tokens))
+        yield tokens
 
 
 def windows(stream: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:

@@ -176,7 +176,9 @@ def test_own_source_as_in_the_recipes(csv_rows, tmp_path):
     """One file in sources/ is all that the command needs."""
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "sources", checkout / "sources")
-    shutil.copy(ROOT / "data.py", checkout)
+    shutil.copytree(ROOT / "configs", checkout / "configs")
+    for name in ("config.py", "data.py"):
+        shutil.copy(ROOT / name, checkout)
     (checkout / "sources" / "mine.py").write_text(recipe("A new source"))
     command = [sys.executable, checkout / "data.py"]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True)
@@ -184,6 +186,7 @@ def test_own_source_as_in_the_recipes(csv_rows, tmp_path):
     make = [*command, "mine", "--file", "mine.csv"]
     done = subprocess.run(make, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "Next: python train_ddpd.py --data mine"
     check_csv_data(csv_rows)
 
 
@@ -286,9 +289,28 @@ def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
     assert "no data in ../other: there is no meta.json" in refusal(data.load, "../other")
     assert "no data in /nowhere/other" in refusal(data.load, "/nowhere/other")
     assert "leaves the folder" in refusal(data.load, "..")
+    (tmp_path / "data" / "birds").mkdir(parents=True)
+    (tmp_path / "data" / "birds" / "meta.json").write_text("{}")
+    said = refusal(data.load, "bird")
+    assert f"there are {', '.join(data.source_names())}, data/birds; did you mean birds?" in said
+    assert "did you mean" not in refusal(data.load, "qqqq")
     done = script("data.py", "mnst")
     assert done.returncode == 1
     assert done.stderr.strip().endswith("did you mean mnist?")
+
+
+def test_how_to_train_on_what_was_made(tmp_path, monkeypatch):
+    """By a config that reads this folder and whose stated shape it has, else by --data."""
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("to be or not to be, " * 200)
+    for name, length, command in [
+        ("digits", 0, "digits"), ("maze", 0, "maze_ddpd"), ("text", 128, "text_gidd"),
+        ("text", 64, "--data text"),
+    ]:
+        shutil.rmtree("data", ignore_errors=True)
+        done = script("data.py", name, "--length", length, "--file", "text" * bool(length))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"Next: python train_ddpd.py {command}"
 
 
 def test_sources_are_listed():

@@ -1,6 +1,7 @@
 """Text: through a tokenizer and back, prompts, and what is said of samples."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -58,9 +59,10 @@ def write_tokenizer():
 # Through a tokenizer and back
 
 
-def test_the_round_trip_is_exact(book):
+def test_the_round_trip_is_exact(book, capsys):
     """The windows of both splits, decoded, are the file without the tokens that fill no window."""
     meta, splits = make_words(train_tokenizer=300)
+    said = re.search(r"([.\d]+) bytes per token", capsys.readouterr().out)
     assert meta["vocab"] == 300
     assert meta["grid"] == [1, 4]
     words = load_text(data.ROOT / "words", meta)
@@ -72,6 +74,8 @@ def test_the_round_trip_is_exact(book):
         assert raw.startswith(decoded)
         assert len(words.encode(raw[len(decoded):].decode())) < 4
         assert words.to_str(sequences.ravel()) == decoded.decode()
+    n_tokens = sum(len(words.encode(raw.decode())) for raw in parts.values())
+    assert float(said[1]) == pytest.approx(len(BOOK.encode()) / n_tokens, abs=0.01)
 
 
 @pytest.mark.parametrize("sizes", [(7, 2**18), (7, 5), (64, 20)])
