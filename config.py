@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import reprlib
+import shlex
 import sys
 import typing
 from dataclasses import MISSING, dataclass, fields, make_dataclass, replace
@@ -322,6 +323,7 @@ def parse(cls: type, values: dict[str, Any], argv: list[str]) -> Any:
     import tyro
 
     refuse_unknown_flags(cls, argv)
+    refuse_missing(cls, argv)
     rows = []
     for name, group in cls.GROUPS.items():
         own = {field.name: values[field.name] for field in fields(group) if field.name in values}
@@ -334,6 +336,18 @@ def parse(cls: type, values: dict[str, Any], argv: list[str]) -> Any:
     for name in cls.GROUPS:
         flat |= vars(getattr(grouped, name))
     return cls(**flat)
+
+
+def as_flags(values: dict[str, Any]) -> str:
+    """The flags that set fields to these values."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
 
 
 def default_field(default: Any) -> Any:
@@ -352,6 +366,27 @@ def refuse_unknown_flags(cls: type, argv: list[str]) -> None:
             if RENAMED.get(flag) in flags:
                 raise SystemExit(f"{flag} is now called {RENAMED[flag]}")
             raise SystemExit(f"unknown flag {flag}; {nearest(flag, flags)}")
+
+
+def refuse_missing(cls: type, argv: list[str]) -> None:
+    """Positional arguments that are not there, in a line of usage; flags take what follows them."""
+    types = typing.get_type_hints(cls)
+    required = [field.name for field in fields(cls) if field.default is MISSING]
+    words = [name.upper() for name in required if types[name] is str]
+    n_given = 0
+    n_values = 0                # that the flag before may still take
+    for arg in argv:
+        if arg.startswith("--"):
+            name = arg.removeprefix("--").replace("-", "_")
+            kind = types.get(name, bool)                                # --no-NAME, --NAME=VALUE
+            n_values = math.inf if typing.get_origin(kind) is tuple else int(kind is not bool)
+        elif n_values:
+            n_values -= 1
+        else:
+            n_given += 1
+    if n_given < len(words) and not {"-h", "--help"} & set(argv):
+        script = Path(sys.argv[0]).name
+        raise SystemExit(f"usage: python {script} {' '.join(words)}, then flags: see --help")
 
 
 def nearest(word: str, words: list[str]) -> str:

@@ -149,17 +149,12 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 def training_flags(options: dict[str, Any]) -> str:
     """The flags of train_ddpd.py that state a run's config."""
-    words = []
+    stated = {}
     for field in fields(config.Config):
         value = options[field.name]
-        flag = field.name.replace("_", "-")
-        if value == field.default or field.name in checkpoint.PRIVATE:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words)
+        if value != field.default and field.name not in checkpoint.PRIVATE:
+            stated[field.name] = value
+    return config.as_flags(stated)
 
 
 def front_matter(run: Run, license: str) -> str:

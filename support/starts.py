@@ -14,6 +14,7 @@ from support.checkpoint import Run
 from support.text import load_text, place_prompt
 
 N_SAMPLES = 8               # where no labels say how many
+N_NAMES = 10                # classes in a message
 
 
 class Start(NamedTuple):
@@ -38,9 +39,17 @@ def label_of(word: str, meta: dict[str, Any]) -> int:
         pass
     names = meta["class_names"]
     if word not in names:
-        near = config.nearest(word, names) or "it has none"
-        raise SystemExit(f"--labels {word} names no class of {meta['name']}; {near}")
+        classes = known_classes(word, names)
+        raise SystemExit(f"--labels {word} names no class of {meta['name']}{classes}")
     return names.index(word)
+
+
+def known_classes(word: str, names: list[str]) -> str:
+    """For a refusal: the closest one and the first few."""
+    if not names:
+        return ", which has none"
+    first = ", ".join(names[:N_NAMES]) + ", ..." * (len(names) > N_NAMES)
+    return f"; {config.nearest(word, names)} There are {first}"
 
 
 def load_known_tokens(

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import model
 from diffusion import objectives
 from support import checkpoint, hub, runtime
 from support.chunked_head import task_loss
+
+OF_DATA = ("grid", "vocab", "n_classes")    # what the shape of a network takes from the data
 
 # Data and the run's folder
 
@@ -153,12 +155,13 @@ def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> 
     """Averaged weights of the run cfg.init_from, into a run that has none of its own yet."""
     other = checkpoint.load_averages(hub.local_folder(cfg.init_from))
     other_spec = methods.spec_of(other["config"], other["meta"])
-    for name in (field.name for field in fields(model.Shape)):
-        theirs = getattr(other_spec.shape, name)
-        if theirs != getattr(spec.shape, name):
-            raise SystemExit(
-                f"--init-from {cfg.init_from} has {name} {theirs}, not {getattr(spec.shape, name)}"
-            )
+    shape, theirs = asdict(spec.shape), asdict(other_spec.shape)
+    differing = {name: value for name, value in theirs.items() if value != shape[name]}
+    if differing:
+        has = ", ".join(f"{name} {value}, not {shape[name]}" for name, value in differing.items())
+        of_data = [name for name in OF_DATA if name in differing]
+        remedy = "it was trained on other data" if of_data else config.as_flags(differing)
+        raise SystemExit(f"--init-from {cfg.init_from} has {has}: {remedy}")
     if other_spec.name != spec.name:
         raise SystemExit(f"--init-from {cfg.init_from} is a {other_spec.name} run, not {spec.name}")
     for name in nets:

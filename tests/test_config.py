@@ -16,6 +16,7 @@ from conftest import ROOT, refusal, script
 import config
 import data
 import evaluate
+import export
 import sample
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -202,6 +203,19 @@ def test_a_config_file_is_refused_by_line_key_and_value(text, said):
 def test_a_config_that_does_not_exist_is_refused():
     assert "nothing.py" in load_refusal("nothing.py")
     assert "nothing" in load_refusal("nothing")
+
+
+def test_missing_arguments_are_a_line_of_usage():
+    """Wherever flags stand; what follows a flag is no argument."""
+    for flags, argv, words in [
+        (export.Flags, ["out/x"], "RUN FOLDER"),
+        (export.Flags, ["out/x", "--license", "mit"], "RUN FOLDER"),
+        (sample.Flags, ["--labels", "1", "2"], "RUN"),
+        (sample.Flags, ["--png", "--n-steps=4"], "RUN"),
+    ]:
+        usage = f" {words}, then flags: see --help"
+        assert refusal(config.load, flags, argv).endswith(usage)
+    assert config.load(sample.Flags, ["--n-steps", "4", "--png", "out/x"]).run == "out/x"
 
 
 def test_typos_in_flags_name_the_nearest():

@@ -141,7 +141,7 @@ def test_training_starts_from_an_export(run):
     flags = ["--init-from", "ex/digits", "--planner-lr", 0, "--denoiser-lr", 0]
     train_ddpd.main(tiny_config("continued", "--max-iters", 1, *flags))
     assert digest(load_checkpoint("out/continued")["nets"]) == digest(load_checkpoint(run)["ema"])
-    assert "n_layer 1, not 2" in refusal(
+    assert "n_layer 1, not 2: --n-layer 1" in refusal(
         train_ddpd.main, tiny_config("deeper", "--n-layer", 2, "--init-from", "ex/digits")
     )
 

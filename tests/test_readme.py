@@ -180,6 +180,16 @@ def test_known_files_that_do_not_fit_are_refused(arrays, said):
 # What is refused
 
 
+def test_an_unknown_class_names_the_closest():
+    """And the first few of those there are."""
+    meta = dict(name="x", class_names=["cats", "dogs", *map(str, range(20))])
+    assert starts.label_of("dogs", meta) == 1
+    classes = "did you mean cats? There are cats, dogs, 0, 1, 2, 3, 4, 5, 6, 7, ..."
+    assert refusal(starts.label_of, "cat", meta) == f"--labels cat names no class of x; {classes}"
+    said = refusal(starts.label_of, "cat", dict(name="x", class_names=[]))
+    assert said == "--labels cat names no class of x, which has none"
+
+
 @pytest.mark.parametrize(
     "args, said",
     [

@@ -301,7 +301,10 @@ def test_a_run_starts_from_anothers_averages():
     def refusal_of(*flags):
         return refusal(train_ddpd.main, tiny("third", *flags))
 
-    assert "n_layer 1, not 2" in refusal_of("--n-layer", 2, *from_first)
+    said = refusal_of("--n-layer", 2, "--n-embd", 32, *from_first)
+    assert said.endswith("has n_layer 1, not 2, n_embd 16, not 32: --n-layer 1 --n-embd 16")
+    said = refusal_of("--grey-levels", 4, *from_first)
+    assert said.endswith("has vocab 17, not 4: it was trained on other data")
     uniform = ["--denoiser-process", "uniform"]
     assert "ddpd-mask run, not ddpd-uniform" in refusal_of(*uniform, *from_first)
     assert "no run in out/none" in refusal_of("--init-from", "out/none")
