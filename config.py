@@ -13,6 +13,8 @@ import reprlib
 import shlex
 import sys
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, make_dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -283,7 +285,8 @@ def load(cls: type = Config, argv: list[str] | None = None) -> Any:
     if cls is not Config:
         return check_bounds(parse(cls, {}, argv))
     if "--list" in argv:
-        print_configs()
+        with may_stop_reading():
+            print_configs()
         raise SystemExit(0)
     files = []
     while argv and not argv[0].startswith("-"):
@@ -295,6 +298,19 @@ def load(cls: type = Config, argv: list[str] | None = None) -> Any:
     if not cfg.out_dir:
         cfg = replace(cfg, out_dir=f"out/{files[-1].stem if files else 'default'}")
     return check(cfg)
+
+
+@contextmanager
+def may_stop_reading() -> Iterator[None]:
+    """For what is printed into a pipe such as `| head`, which may close before the end."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # flushed at exit
+        raise SystemExit(0) from None
 
 
 def config_path(name: str) -> Path:
@@ -331,7 +347,8 @@ def parse(cls: type, values: dict[str, Any], argv: list[str]) -> Any:
         default = MISSING if is_required else group(**own)
         rows.append((name, tyro.conf.OmitArgPrefixes[group], default_field(default)))
     command_line = make_dataclass(cls.__name__, rows, namespace={"__doc__": cls.__doc__})
-    grouped = tyro.cli(command_line, args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+    with may_stop_reading():
+        grouped = tyro.cli(command_line, args=argv, config=(tyro.conf.PositionalRequiredArgs,))
     flat = {}
     for name in cls.GROUPS:
         flat |= vars(getattr(grouped, name))

@@ -682,12 +682,16 @@ def folder_of_config(values: dict) -> Path:
 
 
 def main() -> None:
+    import config
+
     if sys.argv[1:] == ["--list"]:
-        print(list_sources())
+        with config.may_stop_reading():
+            print(list_sources())
         return
     import tyro
 
-    options = check_options(tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,)))
+    with config.may_stop_reading():
+        options = check_options(tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,)))
     source = import_source(options.source)
     folder = ROOT / (options.name or source.folder_name(options))
     if has_data(folder):

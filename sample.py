@@ -204,8 +204,8 @@ def write_files(
         print(", ".join(f"{name} {value.mean():.1%}" for name, value in scores.items()))
     if is_text(spec.meta):
         text = load_text(run.folder, spec.meta)
-        for sequence in tokens.reshape(len(tokens), -1)[:N_PRINTED]:
-            print("---\n" + text.to_str(sequence))
+        for i, sequence in enumerate(tokens.reshape(len(tokens), -1)[:N_PRINTED]):
+            print(f"--- sample {i}\n{text.to_str(sequence)}")
     print(f"wrote {', '.join(names)} in {folder}" + ", and png/" * flags.png)
 
 

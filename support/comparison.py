@@ -30,6 +30,7 @@ WIDE = 10                   # highest over lowest distance from which on the axi
 # The table
 
 FIRST = {"sampler": "sampler", "steps": "steps", "nfe": "NFE", "seed": "seed", "n": "n"}
+NAMES = {"ngram_bits": "n-gram bits/byte"}      # of columns whose own name does not say what it is
 LAST = {"s_per_sample": "s each"}
 INTERVAL = "95 % interval"
 N_SAMPLER = 22              # characters of a sampler's name
@@ -43,7 +44,7 @@ def cells_of(row: Row) -> dict[str, str]:
         cells[header] = plain(row.get(column, ""))
     for column, (_, form) in metrics.COLUMNS.items():
         if column in row and form:
-            cells[column.replace("_", " ")] = f"{row[column]:{form}}"
+            cells[NAMES.get(column, column.replace("_", " "))] = f"{row[column]:{form}}"
         if column == "judge_acc" and "lo" in row:
             cells[INTERVAL] = f"{row['lo']:.1%}-{row['hi']:.1%}"
     for column, header in LAST.items():

@@ -3,7 +3,10 @@
 import inspect
 import io
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 import tokenize
 import typing
@@ -127,6 +130,21 @@ def test_help_shows_the_groups():
         assert one_line(group.__doc__) in one_line(said)
     assert list(config.Config.GROUPS) == "data network optimisation method logging run cost".split()
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "command", [*([name, "--help"] for name in SCRIPTS), ["train_ddpd.py", "--list"],
+                ["data.py", "--list"]],
+)
+def test_a_reader_may_leave_before_the_end(command):
+    """As `| head` does: no traceback."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, ROOT / command[0], command[1]], stdout=pipe, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def one_line(text):

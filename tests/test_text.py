@@ -248,16 +248,18 @@ def test_the_tokenizer_travels_with_the_run(book, capsys):
     for sequence in drawn:
         assert words.to_str(sequence).startswith("the moon")
         assert words.to_str(sequence) in printed
+    assert re.findall(r"^--- sample (\d+)$", printed, re.M) == ["0", "1"]
     with open("out/words/tokenizer.json", "a") as file:
         file.write(" ")
     assert "tokenizer.json has changed" in refusal(draw, "words")
 
 
-def test_a_run_on_tokens_is_judged_by_bytes(book):
+def test_a_run_on_tokens_is_judged_by_bytes(book, capsys):
     meta, _ = make_words(train_tokenizer=300, length=16)
     save_text_run("words", meta)
     argv = ["out/words", "--n", "4", "--nfe", "2"]
     evaluate.main(config.load(evaluate.Flags, argv))
+    assert " n-gram bits/byte " in capsys.readouterr().out
     header, row = Path("out/words/evaluate.csv").read_text().splitlines()
     column = header.split(",").index("ngram_bits")
     assert 1 < float(row.split(",")[column]) < 12
