@@ -226,7 +226,7 @@ def scale_cost(panel, points: list[Point], cost: str) -> None:
     budgets = sorted({point.budget for point in points})
     if max(costs) > 2 * min(costs) > 0:
         panel.set_xscale("log")
-    figures.set_plain_ticks(panel.xaxis)
+    figures.set_plain_ticks(panel.xaxis, costs)
     if cost == "nfe" and len(budgets) <= N_TICKS:
         figures.set_ticks(panel.xaxis, budgets)
 
@@ -240,4 +240,5 @@ def scale_quality(panel, column: str, points: list[Point], levels: dict[str, dic
     is_distance = column == "frechet" and values and min(values) > 0
     if is_distance and max(values) > WIDE * min(values):
         panel.set_yscale("log")
-    figures.set_plain_ticks(panel.yaxis)
+    has_intervals = column == "judge_acc" and any(point.interval for point in points)
+    figures.set_plain_ticks(panel.yaxis, () if has_intervals else values)

@@ -13,12 +13,14 @@ from support import figures
 MAX_COLUMNS = 3
 PANEL_SIZE = (4.8, 3.2)     # inches
 N_VALIDATIONS = 4           # of one run, in a panel over noise levels
+N_NAMES = 3                 # of runs that share a line, in a legend
 N_SMOOTH = 100              # lines of a log from which on a running mean is drawn over them
 N_MEANS = 50                # windows of that mean in a whole log
 NETWORKS = ("planner", "denoiser")
 
 # The last part of a loss's or score's name in the log: its label
 LOSSES = {"bce": "BCE, nats", "ce": "CE, nats", "loss": "loss, nats"}
+WEIGHTS = {"gidd": "dynamic", "forcing": "none"}    # of tokens in the loss, where no flag says it
 SCORES = {"auroc": "AUROC", "accuracy": "accuracy"}
 # Losses that the log names beside those of training: {end of the name: label}
 FLOORS = {
@@ -110,7 +112,7 @@ def is_drawable(value: Any) -> bool:
 
 
 class Line(NamedTuple):
-    run: int                                # whose it is
+    run: int | None                         # whose it is, None: that of several runs
     kind: str                               # what distinguishes it from others of that run
     x: np.ndarray
     y: np.ndarray
@@ -138,14 +140,11 @@ def panels_of(runs: Sequence[Curves]) -> list[Panel]:
     """All panels that have something to show."""
     names = list(dict.fromkeys(name for run in runs for name in run.values))
     networks = [name for name in NETWORKS if any(name in run.networks() for run in runs)]
-    panels = [loss_panel(runs, network, names) for network in networks]
+    panels = [panel for network in networks for panel in loss_panels(runs, network)]
     for network in networks:
         panels += score_panels(runs, network, names)
     for network in networks:
-        panels += [
-            level_panel(runs, f"val_{network}_{end}_bins", f"{network}: loss by noise level", label)
-            for end, label in LOSSES.items()
-        ]
+        panels += level_panels(runs, network)
     panels += [bits_panel(runs, names), norm_panel(runs, networks), lr_panel(runs, networks)]
     for name, (title, label) in OTHERS.items():
         panels.append(Panel(title, label, lines_of(runs, {"": name}, "noisy")))
@@ -170,18 +169,47 @@ def lines_of(
     return lines
 
 
-def loss_panel(runs: Sequence[Curves], network: str, names: list[str]) -> Panel:
-    """A network's loss in training and validation, with the losses to compare it with."""
-    lines = lines_of(runs, {"training": f"{network}_loss"}, "noisy")
-    ends = [end for end in LOSSES if f"val_{network}_{end}" in names]
-    for end in ends:
-        lines += lines_of(runs, {"validation": f"val_{network}_{end}"})
-        lines += lines_of(runs, {"validation on fills": f"val_{network}_fill_{end}"})
-    label = LOSSES[ends[0] if len(ends) == 1 else "loss"]
-    levels = []
-    for end, words in FLOORS.items():
-        levels += levels_of(words, [run.floors.get(f"{network}_{end}") for run in runs])
-    return Panel(f"{network}: loss", label, lines, levels)
+class Unit(NamedTuple):
+    """Losses that can be compared: those of one name and one weight of tokens."""
+    end: str                                # of the name in the log
+    label: str
+
+
+def unit_of(run: Curves, network: str) -> Unit:
+    """What a run's loss is, by its validation, or by its method where there was none yet."""
+    method = run.config.get("method", "ddpd")
+    of_method = "loss" if method != "ddpd" else "bce" if network == "planner" else "ce"
+    end = next((end for end in LOSSES if f"val_{network}_{end}" in run.values), of_method)
+    weight = run.config.get("weight") or WEIGHTS.get(method, "none")
+    is_weighted = end == "loss" and weight != "none"
+    return Unit(end, LOSSES[end] + f", weight {weight}" * is_weighted)
+
+
+def by_unit(runs: Sequence[Curves], network: str) -> dict[Unit, list[int]]:
+    """-> {unit: the runs that have it}"""
+    groups = {}
+    for i, run in enumerate(runs):
+        if network in run.networks():
+            groups.setdefault(unit_of(run, network), []).append(i)
+    return groups
+
+
+def loss_panels(runs: Sequence[Curves], network: str) -> list[Panel]:
+    """A network's loss in training and validation, with the losses to compare it with: a panel for
+    each unit."""
+    panels = []
+    for unit, members in by_unit(runs, network).items():
+        lines = lines_of(runs, {"training": f"{network}_loss"}, "noisy")
+        lines += lines_of(runs, {"validation": f"val_{network}_{unit.end}"})
+        lines += lines_of(runs, {"validation on fills": f"val_{network}_fill_{unit.end}"})
+        levels = []
+        for end, words in FLOORS.items():
+            values = [run.floors.get(f"{network}_{end}") for run in runs]
+            values = [value if i in members else None for i, value in enumerate(values)]
+            levels += levels_of(words, values)
+        own = [line for line in lines if line.run in members]
+        panels.append(Panel(f"{network}: loss", unit.label, own, levels))
+    return panels
 
 
 def levels_of(label: str, values: Sequence[float | None]) -> list[Level]:
@@ -202,7 +230,18 @@ def score_panels(runs: Sequence[Curves], network: str, names: list[str]) -> list
     return panels
 
 
-def level_panel(runs: Sequence[Curves], name: str, title: str, label: str) -> Panel:
+def level_panels(runs: Sequence[Curves], network: str) -> list[Panel]:
+    """Validation over noise levels, a panel for each unit."""
+    panels = []
+    for unit, members in by_unit(runs, network).items():
+        lines = level_lines(runs, f"val_{network}_{unit.end}_bins")
+        own = [line for line in lines if line.run in members]
+        title = f"{network}: loss by noise level"
+        panels.append(Panel(title, unit.label, own, x_label="noise level t"))
+    return panels
+
+
+def level_lines(runs: Sequence[Curves], name: str) -> list[Line]:
     """The last validation over noise levels; of one run a few earlier ones, too."""
     lines = []
     for i, run in enumerate(runs):
@@ -217,7 +256,7 @@ def level_panel(runs: Sequence[Curves], name: str, title: str, label: str) -> Pa
             x = (np.arange(len(y)) + 0.5) / len(y)
             kind = f"iteration {it}" if len(runs) == 1 else "last validation"
             lines.append(Line(i, kind, x, y))
-    return Panel(title, label, lines, x_label="noise level t")
+    return lines
 
 
 def bits_panel(runs: Sequence[Curves], names: list[str]) -> Panel:
@@ -244,7 +283,25 @@ def lr_panel(runs: Sequence[Curves], networks: list[str]) -> Panel:
         config = runs[line.run].config
         if line.kind in runs[line.run].networks() and f"{line.kind}_lr" in config:
             lines.append(line._replace(y=line.y * config[f"{line.kind}_lr"]))
-    return Panel("learning rate", "learning rate at base width", lines)
+    return Panel("learning rate", "learning rate at base width", without_copies(lines, runs))
+
+
+def without_copies(lines: list[Line], runs: Sequence[Curves]) -> list[Line]:
+    """One for all that are the same and would hide each other."""
+    groups = {}
+    for line in lines:
+        groups.setdefault((line.x.tobytes(), line.y.tobytes()), []).append(line)
+    merged = []
+    for same in groups.values():
+        owners = list(dict.fromkeys(line.run for line in same))
+        kinds = list(dict.fromkeys(line.kind for line in same))
+        if len(owners) == 1:
+            merged.append(same[0]._replace(kind=", ".join(kinds)))
+            continue
+        names = [runs[i].name for i in owners]
+        shared = ", ".join(names) if len(names) <= N_NAMES else f"{len(names)} runs"
+        merged.append(same[0]._replace(run=None, kind=f"{', '.join(kinds)} of {shared}"))
+    return merged
 
 
 def is_unknown(name: str, networks: list[str]) -> bool:
@@ -292,7 +349,7 @@ def draw_panel(axis, panel: Panel, n_runs: int) -> None:
         colour = colour_of_kind(panel, k, len(kinds))
         if n_runs > 1:
             style = LINE_STYLES[k % len(LINE_STYLES)]
-            colour = figures.colour_of(line.run, n_runs)
+            colour = ink if line.run is None else figures.colour_of(line.run, n_runs)
         draw_line(axis, line, colour, style)
         handles.setdefault(line.kind, figures.handle(colour if n_runs == 1 else ink, style))
     labels = list(dict.fromkeys(level.label for level in panel.levels))
@@ -306,8 +363,10 @@ def draw_panel(axis, panel: Panel, n_runs: int) -> None:
         axis.set_yscale("log")
     axis.set(xlabel=panel.x_label, ylabel=panel.y_label)
     axis.grid(alpha=0.2)
-    figures.set_plain_ticks(axis.xaxis)
-    figures.set_plain_ticks(axis.yaxis)
+    heights = [*(line.y for line in panel.lines), [level.y for level in panel.levels]]
+    has_errors = any(line.error is not None for line in panel.lines)
+    figures.set_plain_ticks(axis.xaxis, np.concatenate([line.x for line in panel.lines]))
+    figures.set_plain_ticks(axis.yaxis, () if has_errors else np.concatenate(heights))
     legend_above(axis, panel.title, handles)
 
 
@@ -322,7 +381,7 @@ def colour_of_kind(panel: Panel, k: int, n: int):
 
 def draw_line(axis, line: Line, colour, style: str) -> None:
     options = dict(color=colour, linestyle=style)
-    if line.look == "points":
+    if line.look == "points" or len(line.y) == 1:
         options |= dict(marker="o", markersize=3, linewidth=1.2)
     if line.error is not None and len(line.error) == len(line.y):
         axis.errorbar(line.x, line.y, line.error, capsize=2, **options)

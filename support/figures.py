@@ -37,10 +37,17 @@ def plain_number(value: float, _=None) -> str:
     return np.format_float_positional(value, precision=6, fractional=False, trim="-")
 
 
-def set_plain_ticks(axis) -> None:
-    """Plain numbers on an x or y axis; a logarithmic one has labels within a decade, too."""
+def set_plain_ticks(axis, values: Iterable[float] = ()) -> None:
+    """Plain numbers on an x or y axis; a logarithmic one has labels within a decade, too.
+
+    values: all that it shows; if they are one number, that is the only tick
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    distinct = {float(value) for value in values if math.isfinite(value)}
+    if len(distinct) == 1:
+        set_ticks(axis, distinct)
+        return
     if axis.get_scale() == "log":
         low, high = axis.get_view_interval()
         is_wide = math.log10(high / low) > 2

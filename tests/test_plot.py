@@ -133,6 +133,71 @@ def test_runs_of_different_methods_share_a_figure(drawn):
         assert not any("e" in label.get_text() or "$" in label.get_text() for label in labels)
 
 
+def test_losses_of_other_units_have_panels_of_their_own():
+    """Cross-entropy, GIDD's weighted loss and that of another weight; runs of one unit share."""
+    gidd = START | dict(floors={}, config=dict(method="gidd", weight=""))
+    elbo = START | dict(floors={}, config=dict(method="gidd", weight="elbo"))
+    weighted = dict(it=20, val_denoiser_loss=0.1, val_denoiser_loss_bins=[0.1, 0.2])
+    runs = [
+        curves.read_curves(write_log(name, start, training_line(10), validation))
+        for name, start, validation in [
+            ("ce_1", START, validation_line(20)), ("gidd", gidd, weighted),
+            ("ce_2", START, validation_line(20)), ("elbo", elbo, weighted),
+        ]
+    ]
+    for title in ("denoiser: loss", "denoiser: loss by noise level"):
+        panels = [panel for panel in curves.panels_of(runs) if panel.title == title]
+        assert [(panel.y_label, {line.run for line in panel.lines}) for panel in panels] == [
+            ("CE, nats", {0, 2}), ("loss, nats, weight dynamic", {1}),
+            ("loss, nats, weight elbo", {3}),
+        ]
+    levels = [panel.levels for panel in curves.panels_of(runs) if panel.title == "denoiser: loss"]
+    assert [len(of_panel) for of_panel in levels] == [1, 0, 0]
+
+
+def test_the_unit_of_a_run_without_validation_is_that_of_its_method():
+    gidd = START | dict(config=dict(method="gidd"))
+    run = curves.read_curves(write_log("early", gidd, training_line(10)))
+    assert curves.unit_of(run, "denoiser").end == "loss"
+    run = curves.read_curves(write_log("early", START, training_line(10, planner_loss=0.4)))
+    assert [curves.unit_of(run, name).end for name in run.networks()] == ["bce", "ce"]
+
+
+def test_equal_learning_rates_are_one_line():
+    """Named after the runs that share it; others stay as they are."""
+    def lr_lines(*rates):
+        runs = []
+        for i, rate in enumerate(rates):
+            start = START | dict(config=dict(denoiser_lr=rate))
+            lines = training_line(10), training_line(20, lr_factor=0.5)
+            runs.append(curves.read_curves(write_log(f"lr_{i}", start, *lines)))
+        lines = curves.lr_panel(runs, ["denoiser"]).lines
+        return [(line.run, line.kind) for line in lines]
+
+    assert lr_lines(1, 2) == [(0, "denoiser"), (1, "denoiser")]
+    assert lr_lines(1, 2, 1) == [(None, "denoiser of lr_0, lr_2"), (1, "denoiser")]
+    assert lr_lines(1, 1, 1, 1) == [(None, "denoiser of 4 runs")]
+
+
+def test_one_point_has_one_tick(drawn):
+    """Of a log with one line and one validation, and of a table with one row."""
+    log = [START | dict(floors={}), training_line(300), validation_line(300)]
+    curves.draw([curves.read_curves(write_log("point", *log))], "x.png")
+    row = dict(run="a", sampler="ddpd", steps=8, nfe=15.9, s_per_sample=0.0137, frechet=0.2713,
+               settings=json.dumps(dict(nfe=16)))
+    comparison.plot([row], {}, "x.png")
+    single, table = drawn
+    for axis in single.axes:
+        if axis.get_xlabel() == "iterations":
+            assert [tick.get_text() for tick in axis.get_xticklabels()] == ["300"]
+        assert all(len(line.get_xdata()) > 1 or line.get_marker() != "None" for line in axis.get_lines())
+    accuracy = [axis for axis in single.axes if axis.get_ylabel() == "accuracy"]
+    assert [tick.get_text() for tick in accuracy[0].get_yticklabels()] == ["0.5"]
+    ticks = [[tick.get_text() for tick in axis.get_xticklabels()] for axis in table.axes]
+    assert ticks == [["16"], ["0.0137"]]
+    assert [tick.get_text() for tick in table.axes[0].get_yticklabels()] == ["0.2713"]
+
+
 @pytest.mark.parametrize("value, text", [
     (0.0002, "0.0002"), (2e-7, "0.0000002"), (0.1 + 0.2, "0.3"), (5, "5"), (5000, "5000"),
     (25_000, "25,000"), (1.5e6, "1,500,000"), (0, "0"), (-0.5, "-0.5"),
