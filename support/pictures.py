@@ -46,6 +46,7 @@ INK = (235, 235, 235)
 FAINT = (120, 120, 130)         # signs for what is no character
 BACKGROUNDS = np.array([NAVY, (14, 62, 52), (72, 24, 56), (70, 58, 20)])
 FAR = 40                        # sum over red, green and blue
+MASK_HUES = 0.25                # share of the hues that are too close to the mask's
 
 # What a cell of text shows besides a character
 MASKED = "mask"
@@ -72,12 +73,16 @@ def palette(meta: dict) -> np.ndarray:
 
 
 def distinct_colours(n: int) -> np.ndarray:
-    """A fixed colour for each token id, unlike those of its neighbours.  -> (n, 3) in [0, 1]"""
-    from matplotlib.colors import hsv_to_rgb
+    """A fixed colour for each token id, unlike those of its neighbours and that of the mask.
+
+    ->  (n, 3) in [0, 1]
+    """
+    from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 
     # multiples of an irrational number spread evenly over [0, 1)
     ids = np.arange(n)
-    hue = ids * 0.618034 % 1
+    mask_hue = rgb_to_hsv(np.array(MASK) / 255)[0]
+    hue = (mask_hue + MASK_HUES / 2 + ids * 0.618034 % 1 * (1 - MASK_HUES)) % 1
     value = 0.55 + 0.4 * (ids * 0.7548777 % 1)
     return hsv_to_rgb(np.stack([hue, np.full(n, 0.65), value], -1))
 

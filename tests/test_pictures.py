@@ -193,6 +193,15 @@ def test_the_background_is_the_colour_of_no_token(kind):
     assert nearest([pictures.background(meta)], pictures.palette(meta).astype(int)) >= pictures.FAR
 
 
+@pytest.mark.parametrize("vocab", [2, 64, 4096, 2**17])
+def test_no_token_looks_like_the_mask(vocab):
+    """In the colours of data without any; a smaller vocabulary has the first of them."""
+    colours = pictures.palette(META | dict(palette="any", vocab=vocab)).astype(int)
+    assert nearest(colours[:vocab], [pictures.MASK]) >= 60
+    steps = np.abs(np.diff(colours[:vocab], axis=0)).sum(-1)
+    assert steps.min() >= 120                       # of neighbouring ids
+
+
 @pytest.mark.parametrize("source", [maze, bounce])
 def test_marks_are_seen_on_mazes_and_videos(source):
     marks = [pictures.WRITTEN, pictures.KNOWN, pictures.WRONG, pictures.MASK]
