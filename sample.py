@@ -21,7 +21,9 @@ class SampleOptions:
     n_steps: int | None = None              # steps; 64, or 4 for each frame of a video
     correct: config.NotNegative = 0         # gidd: steps of self-correction afterwards
     seed: config.Seed = 0                   # of the noise and every draw
-    known: str = ""                         # inpainting: .npz of tokens (n, *grid) and bool mask
+    # inpainting: .npz of tokens (n, *grid), a bool mask, True where they stay, and labels; without
+    # labels in it and without --labels the samples have none
+    known: str = ""
     prompt: config.Prose = ""               # text: its beginning; [...] in it is filled in
     gap: config.NotNegative = 0             # tokens at [...]; 0: what follows ends the sequence
     batch_size: config.NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
@@ -145,6 +147,16 @@ def words_of(flags: Flags) -> list[str]:
 # Files
 
 
+def outlined(start: Start, spec: methods.Spec, n: int) -> np.ndarray | None:
+    """The known tokens of the first n samples, unless they are ids, which show themselves.
+
+    ->  (n, *grid) bool
+    """
+    if start.known is None or spec.meta["given"]:
+        return None
+    return start.known[:n].unflatten(1, start.grid).numpy()
+
+
 def write_video(
     folder: Path, run: Run, start: Start, stage: Stage, moments: list[videos.Moment], decoder,
     wrong: np.ndarray | None, scale: int,
@@ -154,9 +166,7 @@ def write_video(
     n = len(moments[0].x)
     title = stage.title(spec.is_video)
     real = None if start.real is None else start.real[:n]
-    known = None                                        # ids that are given show themselves
-    if start.known is not None and not spec.meta["given"]:
-        known = start.known[:n].unflatten(1, start.grid).numpy()
+    known = outlined(start, spec, n)
     if spec.is_video and spec.method.has_own_levels:
         lag = 0 if stage.sampler == "ancestral" else stage.options.get("lag", -1)
         n_steps, n_frames = stage.options["n_steps"], stage.options.get("frames", 0)
@@ -192,7 +202,7 @@ def write_files(
         pictures.samples_png(
             folder / "samples.png", tokens[:N_PICTURED], start.labels[:N_PICTURED], spec.meta,
             title, decoder, None if wrong is None else wrong[:N_PICTURED],
-            flags.scale,
+            flags.scale, outlined(start, spec, N_PICTURED),
         )
         names = ["samples.png", "samples.npz"]
         if moments:
@@ -320,6 +330,9 @@ def main(flags: Flags) -> None:
     flags = check_flags(flags, run.spec)
     decoder = find_decoder(flags.decoder, run.folder, run.spec.meta, world.device)
     start = starting_point(flags, run)
+    is_unlabelled = run.spec.n_classes and set(start.labels) == {run.spec.n_classes}
+    if world.is_main and flags.known and not flags.labels and is_unlabelled:
+        print(f"samples without a label: neither {flags.known} nor --labels has one")
     stages = plan_stages(flags, run.spec)
     check_scale(flags, run.spec, start, decoder)
     n = len(start.labels)

@@ -19,6 +19,7 @@ from support.canvas import (
     Item,
     canvas_below_header,
     font,
+    framed,
 )
 
 # Sizes in pixels
@@ -446,18 +447,25 @@ def samples_png(
     decoder: Decoder | None = None,
     wrong: np.ndarray | None = None,
     scale: int = 0,
+    known: np.ndarray | None = None,
 ) -> None:
-    """Write a labelled grid of finished sequences, with wrong cells framed in red.
+    """Write a labelled grid of finished sequences, with wrong cells framed in red and the region
+    that was known outlined in blue.
 
-    tokens (n, *grid), labels (n,), wrong (n, *grid) bool
+    tokens (n, *grid), labels (n,), wrong and known (n, *grid) bool
     """
     tiles = pictures(in_lines(tokens, meta), meta, decoder, scale)
+    outline_region(tiles, in_lines(known, meta), KNOWN)
     frame_cells(tiles, in_lines(wrong, meta), WRONG)
     captions = [label_name(label, meta) for label in labels]
     captioned = list(zip(captions, tiles, strict=True))
     columns = columns_of(tiles)
     rows = [captioned[i:i + columns] for i in range(0, len(tiles), columns)]
-    write_grid(path, rows, title, background(meta))
+    colour = background(meta)
+    items = title_items(title)
+    if known is not None:
+        items.append(Item("known", framed(KNOWN, colour)))
+    write_grid(path, rows, items, colour)
 
 
 def pairs_png(
@@ -481,7 +489,7 @@ def pairs_png(
     for i in range(0, 2 * n, 2 * columns):
         chosen = captioned[i:i + 2 * columns]
         rows += [chosen[0::2], chosen[1::2]]
-    write_grid(path, rows, title, background(meta))
+    write_grid(path, rows, title_items(title), background(meta))
 
 
 def columns_of(tiles: np.ndarray) -> int:
@@ -495,7 +503,7 @@ def columns_of(tiles: np.ndarray) -> int:
 def write_grid(
     path: str | Path,
     rows: Sequence[Sequence[tuple[str, np.ndarray]]],
-    title: Sequence[str] = (),
+    title: Sequence[Item] = (),
     colour: Colour = NAVY,
 ) -> None:
     """Write rows of captions and pictures (H, W, 3), all of one size, below a title."""
@@ -505,7 +513,7 @@ def write_grid(
     caption_h = CAPTION_H if has_captions else 0
     cell_h = caption_h + height + GAP
     body_w = GAP + len(rows[0]) * (slot_w + GAP)
-    canvas, body_y = canvas_below_header([title_items(title)], body_w, len(rows) * cell_h, colour)
+    canvas, body_y = canvas_below_header([title], body_w, len(rows) * cell_h, colour)
     for i, row in enumerate(rows):
         y = body_y + i * cell_h
         for j, (words, tile) in enumerate(row):

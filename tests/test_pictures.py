@@ -306,6 +306,23 @@ def test_a_known_region_has_one_outline():
     assert is_blue[48, 48:].all() and not is_blue[52:60, 52:60].any()
 
 
+@pytest.mark.parametrize("kind", [{}, dict(palette="text", grid=[1, 64], tokenizer={})])
+def test_a_grid_of_samples_outlines_what_was_known(tmp_path, kind):
+    """Along the edge of its region, and in a legend."""
+    meta = META | dict(grid=[4, 4]) | kind
+    known = np.zeros((2, *meta["grid"]), bool)
+    known.reshape(2, -1)[0, :8] = True
+    tokens = np.zeros(known.shape, int)
+    decoder = pictures.word_decoder(lambda token: "a") if "tokenizer" in meta else None
+    for shown in (known, None):
+        path = tmp_path / "samples.png"
+        pictures.samples_png(path, tokens, [0, 1], meta, ["x"], decoder, known=shown)
+        is_blue = (np.asarray(Image.open(path)) == pictures.KNOWN).all(-1)
+        assert is_blue[32:].any() == (shown is not None)    # below the header
+        assert is_blue[:32].any() == (shown is not None)
+        assert not is_blue[:, is_blue.shape[1] // 2 + 20:].any() or meta["palette"] == "text"
+
+
 def test_known_tokens_are_outlined_in_every_frame():
     known = np.zeros((1, 3, 5), bool)
     known[0, 2, :2] = True

@@ -15,7 +15,7 @@ from conftest import ROOT, refusal, samples_of, script
 from PIL import Image
 
 import data
-from support import starts
+from support import pictures, starts
 
 SHORT = ["--max-iters", "2", "--eval-sequences", "8"]
 README = (ROOT / "README.md").read_text()
@@ -134,6 +134,14 @@ def test_known_tokens_stay(trained):
     assert np.array_equal(saved["tokens"][:, :4], tokens[:, :4])
     assert not np.array_equal(saved["tokens"][:, 4:], tokens[:, 4:])
     assert saved["labels"].tolist() == labels.tolist()
+    assert "without a label" not in done.stdout
+    picture = np.asarray(Image.open(samples_of("out/digits") / "samples.png"))
+    is_blue = (picture == pictures.KNOWN).all(-1)
+    assert is_blue.sum() > 3 * 2 * 100              # the outlines of three upper halves
+
+    np.savez("half.npz", tokens=tokens, mask=mask)
+    done = script("sample.py", "out/digits", "--known", "half.npz", "--n-steps", 2)
+    assert done.stdout.startswith("samples without a label: neither half.npz nor --labels has one")
 
 
 def test_one_known_sequence_serves_all_labels(trained):
@@ -144,6 +152,7 @@ def test_one_known_sequence_serves_all_labels(trained):
     assert done.returncode == 0, done.stderr
     saved = np.load(samples_of("out/digits") / "samples.npz")
     assert len(saved["tokens"]) == 2
+    assert "without a label" not in done.stdout
     assert (saved["tokens"][:, :4] == tokens[0, :4]).all()
 
 
