@@ -33,7 +33,7 @@ class SampleOptions:
 class FileOptions:
     """What is written."""
     out: str = ""                           # folder; "": RUN/samples/ and a name by the settings
-    n_video: config.NotNegative = 10        # samples in the video; 0: no video
+    n_video: int | None = None              # samples in the video; 10, or fewer tall ones; 0: none
     scale: config.NotNegative = 0           # pixels per token in pictures; 0: chosen by their size
     png: bool = False                       # each sample also as a file: png/00000000.png, ...
     # TorchScript file (code that is run), tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
@@ -73,6 +73,7 @@ from support.validate import find_decoder
 
 N_STEPS = 64
 N_STEPS_PER_FRAME = 4       # of a video
+N_VIDEO = 10                # samples in the video, if they are not tall
 N_PICTURED = 100            # samples in samples.png, at most
 N_PRINTED = 20              # texts on the terminal, at most
 PNG_CHUNK = 100             # pictures that are decoded at a time
@@ -262,6 +263,8 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
         raise SystemExit(f"--prompt is for text, and {flags.run} makes {spec.meta['name']}")
     if flags.prompt and flags.known:
         raise SystemExit("--prompt and --known exclude each other")
+    if flags.n_video is not None and flags.n_video < 0:
+        raise SystemExit("--n-video must not be negative")
     if flags.gap and not flags.prompt:
         raise SystemExit("--gap is the length of the gap [...] in --prompt")
     if flags.n_steps is None:
@@ -271,11 +274,24 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
 
 def check_scale(flags: Flags, spec: methods.Spec, start: Start, decoder) -> None:
     """Refuse, before anything is sampled, a scale that the pictures do not fit."""
-    is_alone = not flags.n_video or (spec.is_video and spec.method.has_own_levels)
+    is_alone = flags.n_video == 0 or (spec.is_video and spec.method.has_own_levels)
     has_third = start.real is not None or decoder is not None
     n_tiles = 1 if is_alone else 3 if has_third else 2
     blank = np.zeros((1, *start.grid), np.int64)
     pictures.pictures(blank, spec.meta, decoder, flags.scale, n_tiles)
+
+
+def n_in_video(flags: Flags, spec: methods.Spec, start: Start, decoder) -> int:
+    """How many samples the video shows; by their height, where no flag says it."""
+    n = min(len(start.labels), N_VIDEO if flags.n_video is None else flags.n_video)
+    is_rollout = spec.is_video and spec.method.has_own_levels
+    if flags.n_video is not None or is_rollout:
+        return n
+    has_third = start.real is not None or (decoder is not None and not is_text(spec.meta))
+    n_tiles = 3 if has_third else 2
+    blank = pictures.in_lines(np.zeros((1, *start.grid), np.int64), spec.meta)
+    [tile] = pictures.pictures(blank, spec.meta, decoder, flags.scale, n_tiles)
+    return videos.n_that_fit(n, tile, n_tiles)
 
 
 def folders_of(flags: Flags, run: Run, stages: list[Stage], start: Start) -> list[Path]:
@@ -312,7 +328,7 @@ def run_stage(
         write_pngs, folder, start.grid, run.spec.meta, decoder, flags.scale
     )
     moments = sampling.draw_all(
-        run, request, folder, world, flags.batch_size, min(flags.n_video, request.n),
+        run, request, folder, world, flags.batch_size, flags.n_video,
         on_batch=write if flags.png else None,
     )
     with runtime.main_alone(world) as is_main:
@@ -335,6 +351,7 @@ def main(flags: Flags) -> None:
         print(f"samples without a label: neither {flags.known} nor --labels has one")
     stages = plan_stages(flags, run.spec)
     check_scale(flags, run.spec, start, decoder)
+    flags = replace(flags, n_video=n_in_video(flags, run.spec, start, decoder))
     n = len(start.labels)
     nfe = np.zeros(n)
     for stage, folder in zip(stages, folders_of(flags, run, stages, start), strict=True):

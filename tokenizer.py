@@ -62,7 +62,7 @@ from data import ShuffledIndices
 from sources import images
 from sources._pictures import pixel_chunks, report_unreadable
 from support import checkpoint, logs, runtime, training
-from support.pictures import fit_images, write_grid
+from support.pictures import fit_images, title_items, write_grid
 
 EMA_DECAY = 0.995
 WARMUP_ITERS = 50
@@ -384,10 +384,9 @@ def draw_reconstructions(path: Path, pixels: np.ndarray, output: np.ndarray) -> 
     n = min(N_SHOWN, len(pixels))
     chosen = np.arange(n) * (len(pixels) // n)
     rows = []
-    for caption, shown in (("held-out", pixels), ("reconstructed", output)):
-        tiles = fit_images(shown[chosen], n)
-        rows.append([(caption, tile) for tile in tiles])
-    write_grid(path, rows)
+    for shown in (pixels, output):
+        rows.append([("", tile) for tile in fit_images(shown[chosen], n)])
+    write_grid(path, rows, title_items(["above: held-out pictures", "below: reconstructed"]))
 
 
 

@@ -39,17 +39,18 @@ def font(size: int, is_mono: bool = False):
     return ImageFont.truetype(folder / name, size)
 
 
-def text_width(words: str) -> int:
-    return int(np.ceil(font(TEXT_SIZE).getlength(words)))
+def text_width(words: str, face=None) -> int:
+    """face: a font(), of which that of headers is the default"""
+    return int(np.ceil((face or font(TEXT_SIZE)).getlength(words)))
 
 
-def shortened(words: str, width: int) -> str:
-    """The words, or as many of their letters as fit before three dots; "" where none does."""
-    if text_width(words) <= width:
+def shortened(words: str, width: int, face=None, dots: str = "...") -> str:
+    """The words, or as many of their letters as fit before the dots; "" where none does."""
+    if text_width(words, face) <= width:
         return words
     for n in range(len(words) - 1, 0, -1):
-        shown = words[:n].rstrip() + "..."
-        if text_width(shown) <= width:
+        shown = words[:n].rstrip() + dots
+        if text_width(shown, face) <= width:
             return shown
     return ""
 

@@ -20,6 +20,8 @@ from support.canvas import (
     canvas_below_header,
     font,
     framed,
+    shortened,
+    text_width,
 )
 
 # Sizes in pixels
@@ -27,9 +29,10 @@ TILE = 128              # approximate side of the picture of one sequence
 MIN_CELL = 6            # of a token, where there is room: a frame around it leaves it visible
 GLYPH_W = 10            # of a character; it is twice as high
 MIN_CAPTION_W = 64      # a picture has at least this room for its caption
-WORD_W = 64             # of a token of a text's tokenizer
+WORD_W = 80             # of a token of a text's tokenizer
 WORD_H = 20
-WORD_SIZE = 13          # of its letters
+WORD_SIZES = (13, 11, 9)    # of its letters: the largest with which it fits
+WORD_MARGIN = 2
 
 LINE_LENGTH = 32        # characters per line of text
 WORDS_PER_LINE = 8      # tokens of a text's tokenizer per line
@@ -303,14 +306,18 @@ def word_decoder(word: Callable[[int], str]) -> Decoder:
 
 
 def word_picture(word: str) -> np.ndarray:
-    """The beginning of a word, as much as fits.  -> (WORD_H, WORD_W, 3) uint8"""
+    """A word, in smaller letters if it is long, or as many as fit before an ellipsis.
+
+    ->  (WORD_H, WORD_W, 3) uint8
+    """
     canvas = Canvas(WORD_W, WORD_H, PAPER)
     shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in word)
     colour = FAINT if word.isspace() else INK
-    face = font(WORD_SIZE, is_mono=True)
-    canvas.draw.text((2, WORD_H // 2), shown, font=face, anchor="lm", fill=colour)
-    margin = (WORD_W - 4, 0, WORD_W, WORD_H)            # between it and the next word
-    canvas.draw.rectangle(margin, fill=PAPER)
+    room = WORD_W - 2 * WORD_MARGIN
+    faces = [font(size, is_mono=True) for size in WORD_SIZES]
+    face = next((face for face in faces if text_width(shown, face) <= room), faces[-1])
+    shown = shortened(shown, room, face, "\u2026")
+    canvas.draw.text((WORD_MARGIN, WORD_H // 2), shown, font=face, anchor="lm", fill=colour)
     return canvas.array()
 
 

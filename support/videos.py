@@ -37,6 +37,7 @@ BAR_H = 5               # of a frame's noise level
 COLUMNS = 5             # sequences of a planner side by side
 CELL = 5                # one token of a video rollout, where no scale is given
 SCALE_W = 64            # of the colour scale in the header
+MAX_HEIGHT = 1600       # of the sequences of a planner, if their number is chosen by it
 
 EMPTY_BAR = (60, 66, 84)
 
@@ -173,6 +174,15 @@ class PlannerLayout(NamedTuple):
         """Left and top of sequence i."""
         row, column = divmod(i, self.columns)
         return GAP + column * self.cell_w, row * self.cell_h
+
+
+def n_that_fit(n: int, tile: np.ndarray, n_tiles: int) -> int:
+    """As many of n sequences as MAX_HEIGHT has room for, at least one.  tile (H, W, 3)"""
+    for n_shown in range(n, 1, -1):
+        layout = PlannerLayout(n_shown, *tile.shape[:2], n_tiles)
+        if layout.body_size[1] <= MAX_HEIGHT:
+            return n_shown
+    return 1
 
 
 def planner_frames(

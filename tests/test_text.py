@@ -20,7 +20,7 @@ import evaluate
 import methods
 import sample
 from sources import _tokenizer, text, tokens
-from support import metrics, pictures, runtime, training, validate
+from support import metrics, pictures, runtime, starts, training, validate, videos
 from support.checkpoint import load_run
 from support.text import Text, load_text, place_prompt
 
@@ -308,6 +308,40 @@ def test_tokens_are_drawn_as_words_in_lines(book):
     assert (tiles[0, height:, width:2 * width] == pictures.MASK).all()
     word = load_text(data.ROOT / "words", meta).word(int(x[1, 0, 9]))
     assert (tiles[1, height:, width:2 * width] == pictures.word_picture(word)).all()
+
+
+def test_long_words_end_in_an_ellipsis():
+    """In smaller letters at first; no letter is cut."""
+    def letters(word):
+        return (pictures.word_picture(word) != pictures.PAPER).any(-1)
+
+    room = pictures.WORD_W - pictures.WORD_MARGIN
+    for n in range(1, 40):
+        assert not letters("m" * n)[:, room:].any()
+    rows = [np.flatnonzero(letters(word).any(1)) for word in ("m" * 8, "m" * 12)]
+    assert len(rows[0]) > len(rows[1])
+    fits = max(n for n in range(1, 40) if not np.array_equal(letters("m" * n), letters("m" * 40)))
+    cut = "m" * (fits - 1) + "\u2026"
+    assert np.array_equal(letters(cut), letters("m" * 40))
+
+
+@pytest.mark.parametrize("length, n_shown", [(16, 8), (128, 4), (512, 1)])
+def test_tall_texts_are_fewer_in_a_video(book, length, n_shown):
+    """Unless a flag says how many."""
+    meta, _ = make_words(train_tokenizer=300, length=2)
+    decoder = validate.find_decoder("", data.ROOT / "words", meta, "cpu")
+    grid = [1, length]
+    cfg = config.load(argv=["--data", "words"])
+    spec = methods.spec_of(asdict(cfg), meta | dict(grid=grid))
+    start = starts.Start([0] * 8, grid)
+    for flag, expected in [(None, n_shown), (8, 8), (20, 8), (0, 0)]:
+        flags = sample.Flags("x", n_video=flag)
+        assert sample.n_in_video(flags, spec, start, decoder) == expected
+    moment = videos.Moment(*[np.zeros((n_shown, *grid), kind) for kind in (int, float, bool)],
+                           np.zeros(n_shown))
+    labels = [0] * n_shown
+    [frame] = videos.planner_frames([moment], labels, spec.meta, ["ddpd"], decoder)
+    assert frame.shape[0] < videos.MAX_HEIGHT + 100     # the header
 
 
 # Prompts

@@ -11,6 +11,7 @@ from conftest import TINY, refusal, script
 from PIL import Image
 
 import tokenizer
+from support.canvas import text_width
 
 SMALL = """--image-size 16 --downsample 4 --levels 3 4 --width 8 --batch-size 4 --max-iters 4
     --save-interval 2 --dtype float32""".split()
@@ -103,6 +104,15 @@ def test_stopped_and_resumed_equals_whole():
     for part in ("net", "ema"):
         for name, value in states[0][part].items():
             assert torch.equal(value, states[1][part][name]), name
+
+
+def test_the_words_over_reconstructions_are_whole(tmp_path):
+    """However narrow the picture is."""
+    path = tmp_path / "x.png"
+    pixels = np.zeros((1, 70, 70, 3), np.uint8)
+    tokenizer.draw_reconstructions(path, pixels, pixels)
+    longest = max(map(text_width, ("above: held-out pictures", "below: reconstructed")))
+    assert Image.open(path).width > longest
 
 
 def test_from_a_folder_to_a_run():
