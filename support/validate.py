@@ -1,5 +1,6 @@
 """Validation: losses of the averaged networks on fixed noise, bits per token, and a few samples."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,15 @@ def find_decoder(
     return pictures.load_decoder(str(chosen), meta, device) if chosen else None
 
 
+def labels_in_turn(n: int, n_classes: int, number: int) -> Tensor:
+    """n labels. If there are more classes they are spread over them, and move on by one with each
+    validation.  -> (n,)"""
+    i = torch.arange(n)
+    if n >= n_classes:
+        return i % n_classes
+    return (i * n_classes // n + number) % n_classes
+
+
 @torch.no_grad()
 def draw_samples(
     cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], split: data.Split, it: int,
@@ -190,7 +200,8 @@ def draw_samples(
     """samples.png of n samples, classes in turn, by the method's first sampler; with its video
     for wandb."""
     home = runtime.device_of_doubles(device)
-    label = torch.arange(n, device=home) % max(1, spec.n_classes)
+    number = math.ceil(it / cfg.eval_interval) if cfg.eval_interval else 0
+    label = labels_in_turn(n, max(1, spec.n_classes), number).to(home)
     real, real_label = (torch.from_numpy(y).to(home) for y in split.spread_subset(n))
     known = data.context_mask(spec.meta, real, cfg.context_frames)
     if known is not None:

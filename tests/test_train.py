@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, refusal, script, tiny_config
 import config
 import methods
 import train_ddpd
-from support import checkpoint, diagnostics, logs, runtime, training, validate
+from support import checkpoint, diagnostics, logs, pictures, runtime, training, validate
 from support.checkpoint import digest, load_checkpoint
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}      # the order of sums is the same everywhere
@@ -308,6 +308,19 @@ def test_a_run_starts_from_anothers_averages():
     uniform = ["--denoiser-process", "uniform"]
     assert "ddpd-mask run, not ddpd-uniform" in refusal_of(*uniform, *from_first)
     assert "no run in out/none" in refusal_of("--init-from", "out/none")
+
+
+def test_pictures_of_a_validation_show_classes_in_turn(monkeypatch):
+    """Few ones are spread over the classes, and the next validation shows others."""
+    shown = []
+    monkeypatch.setattr(
+        pictures, "samples_png", lambda path, tokens, labels, *rest: shown.append(labels)
+    )
+    intervals = ["--eval-interval", 1, "--max-iters", 3, "--eval-samples", 2]
+    train_ddpd.main(tiny("turns", *intervals))
+    assert shown == [[1, 6], [2, 7], [3, 8]]
+    assert validate.labels_in_turn(12, 10, 5).tolist() == [*range(10), 0, 1]
+    assert [validate.labels_in_turn(1, 3, number).item() for number in range(4)] == [0, 1, 2, 0]
 
 
 # What is said at the start
