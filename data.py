@@ -23,7 +23,7 @@ import reprlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = Path("data")
 SOURCES = Path(__file__).parent / "sources"
+CONFIGS = Path(__file__).parent / "configs"
 SPLITS = ("train", "val")
 MAX_IDS = 2**31             # of a vocabulary, and classes
 MAX_TOKENS = 2**24          # of a sequence
@@ -659,38 +660,56 @@ def is_plain(text: str) -> bool:
 
 def train_command(folder: Path) -> str:
     """How to train on a folder that was made: by a config for it, best of its name, or --data."""
-    import config
-
     meta = read_meta(folder)
-    paths = sorted(config.CONFIGS.glob("*.py"))
-    for path in sorted(paths, key=lambda path: path.stem != folder.name):
-        values = vars(config.Config()) | config.read_file(path)
-        shape = values["vocab"], list(values["grid"])
-        is_shape = not values["vocab"] or shape == (meta["vocab"], meta["grid"])
-        if is_shape and folder_of_config(values) == folder:
+    for path in sorted(CONFIGS.glob("*.py"), key=lambda path: (path.stem != folder.name, path)):
+        stated = literals_of(path)
+        has_shape = all(stated.get(key, meta[key]) == meta[key] for key in ("vocab", "n_classes"))
+        has_shape &= list(stated.get("grid", meta["grid"])) == meta["grid"]
+        if has_shape and folder_of_config(stated) == folder:
             return f"python train_ddpd.py {path.stem}"
     return f"python train_ddpd.py --data {folder.name}"
 
 
+def literals_of(path: Path) -> dict:
+    """What a config file assigns, without what it calculates."""
+    values = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            with contextlib.suppress(ValueError):
+                values[node.targets[0].id] = ast.literal_eval(node.value)
+    return values
+
+
 def folder_of_config(values: dict) -> Path:
-    """The data of a config's values."""
-    name = values["data"]
+    """The data of a config file that assigns these values."""
+    name = values.get("data", "digits")
     if name not in source_names():
         return folder_of(name)
-    sizes = {key: values[key] for key in ("image_size", "grey_levels")}
+    sizes = {key: values.get(key, 0) for key in ("image_size", "grey_levels")}
     return ROOT / import_source(name).folder_name(Make(name, **sizes))
 
 
-def main() -> None:
-    import config
+@contextlib.contextmanager
+def may_stop_reading() -> Iterator[None]:
+    """For what is printed into a pipe such as `| head`, which may close before the end."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # flushed at exit
+        raise SystemExit(0) from None
 
+
+def main() -> None:
     if sys.argv[1:] == ["--list"]:
-        with config.may_stop_reading():
+        with may_stop_reading():
             print(list_sources())
         return
     import tyro
 
-    with config.may_stop_reading():
+    with may_stop_reading():
         options = check_options(tyro.cli(Make, config=(tyro.conf.PositionalRequiredArgs,)))
     source = import_source(options.source)
     folder = ROOT / (options.name or source.folder_name(options))

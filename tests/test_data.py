@@ -177,8 +177,7 @@ def test_own_source_as_in_the_recipes(csv_rows, tmp_path):
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "sources", checkout / "sources")
     shutil.copytree(ROOT / "configs", checkout / "configs")
-    for name in ("config.py", "data.py"):
-        shutil.copy(ROOT / name, checkout)
+    shutil.copy(ROOT / "data.py", checkout)
     (checkout / "sources" / "mine.py").write_text(recipe("A new source"))
     command = [sys.executable, checkout / "data.py"]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True)
