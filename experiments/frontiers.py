@@ -1,6 +1,7 @@
 """Does planning pay? Samplers compared by their frontiers of precision and recall.
 
-python experiments/frontiers.py [train | sample | table | plot] [TASK ...] [compile] [SEED ...]
+python experiments/frontiers.py [train | sample | table | plot | exact] [TASK ...] [compile]
+[SEED ...]
 
 A sampler has a dial, such as its temperature, that trades variety for precision. It is judged at
 all settings of the dial, at equal numbers of network calls.
@@ -10,15 +11,18 @@ sample  every arm at every setting of its dial, on two seeds of the sampling noi
 table   for each arm and number of calls, at the chosen setting: the scores, their harmonic mean,
         the area that the frontier dominates, and how far the arm gets outside of the controls
 plot    assets/frontiers_TASK.png
+exact   the law of each sampler on a tiny world with exact networks (exact.py)
 Without a word all of it is done, for all tasks. "compile" trains compiled networks, in about half
 the time. Finished runs and rows are skipped, so the same command resumes.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import common
+import exact
 import numpy as np
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import evaluate
 from support import runtime, sampling
 
-STEPS = ("train", "sample", "table", "plot")
 SEEDS = [0, 1, 2]
 CHOICE_SEED = 100       # of the sampling noise: here settings of dials are chosen,
 REPORT_SEED = 0         # and here their scores are read off
@@ -65,7 +68,7 @@ class Arm(NamedTuple):
     sampler: str                    # a row of evaluate.py
     dial: str                       # the option that is varied
     values: tuple[float, ...]
-    options: dict[str, Any] = {}    # the others that are not the default
+    options: Mapping[str, Any] = MappingProxyType({})   # the others that are not the default
     training: str = "pair"
     is_control: bool = False
 
@@ -366,9 +369,93 @@ def scores_of(rows: common.Rows, columns: list[str]) -> list[str]:
     return [f"{common.mean(rows, name):{COLUMNS[name][1]}}" for name in columns]
 
 
+# Plot
+
+COLOURS = ("#d62728", "#1f5fd6", "#17a34a", "#c026d3", "#f08c00", "#0891b2", "#7c3aed", "#b45309")
+PLANNED_MARKERS = "oDs^vP"
+GREYS = ("0.30", "0.45", "0.60", "0.70", "0.78", "0.55")
+CONTROL_MARKERS = "x+12<>"
+PANEL_WIDTH = 3.6       # inches
+LEGEND_WIDTH = 2.7
+
+
+def plot(task: str, seeds: list[int]) -> None:
+    """The frontiers, means over training seeds, a panel for each number of calls."""
+    rows = common.select(TABLE.rows(), task=task)
+    all_calls = TASKS[task].calls
+    width = PANEL_WIDTH * len(all_calls) + LEGEND_WIDTH
+    figure, panels = common.open_figure(
+        1, len(all_calls), width=width, height=4.2, sharex=True, sharey=True, squeeze=False
+    )
+    styles = styles_of(ARMS)
+    handles = {}
+    for calls, panel in zip(all_calls, panels[0], strict=True):
+        means = {arm.name: mean_points(rows, task, arm, calls, seeds) for arm in ARMS}
+        controls = [point for arm in ARMS if arm.is_control for point in means[arm.name]]
+        if controls:
+            handles["reach of the controls"] = draw_reach(panel, controls)
+        for arm in ARMS:
+            if means[arm.name]:
+                [handles[arm.name]] = panel.plot(*zip(*means[arm.name], strict=True),
+                                                 **styles[arm.name])
+        if real := common.select(rows, arm=REAL):
+            [point] = points_of({0.0: real[0]}, task).values()
+            [handles[REAL]] = panel.plot(*point, "*", color="black", markersize=12)
+        panel.set_title(f"{calls} network calls")
+        panel.set_xlabel(TASKS[task].axes[0])
+        panel.grid(alpha=0.2)
+    panels[0][0].set_ylabel(TASKS[task].axes[1])
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside right upper", fontsize=10, frameon=False
+    )
+    common.save_figure(figure, f"frontiers_{task}.png")
+
+
+def styles_of(arms: list[Arm]) -> dict[str, dict[str, Any]]:
+    """Saturated colours for planned arms, which are drawn above the controls' greys."""
+    styles = {}
+    planned = [arm.name for arm in arms if not arm.is_control]
+    for i, name in enumerate(planned):
+        styles[name] = dict(
+            color=COLOURS[i % len(COLOURS)], marker=PLANNED_MARKERS[i % len(PLANNED_MARKERS)],
+            markersize=5, linewidth=1.6, zorder=3,
+        )
+    controls = [arm.name for arm in arms if arm.is_control]
+    for i, name in enumerate(controls):
+        styles[name] = dict(
+            color=GREYS[i % len(GREYS)], marker=CONTROL_MARKERS[i % len(CONTROL_MARKERS)],
+            markersize=7, linewidth=1, zorder=2,
+        )
+    return styles
+
+
+def mean_points(
+    rows: common.Rows, task: str, arm: Arm, calls: int, seeds: list[int],
+) -> list[Point]:
+    """Of the report, by the value of the dial; none where no seed is finished."""
+    curves = [curve_of(rows, task, arm, calls, seed) for seed in seeds]
+    by_seed = [points_of(curve.report, task) for curve in curves if curve]
+    if not by_seed:
+        return []
+    return [tuple(np.mean([points[value] for points in by_seed], 0)) for value in arm.values]
+
+
+def draw_reach(panel, points: list[Point]):
+    """Shade what points dominate.  -> what stands for it in a legend"""
+    steps = staircase(points)
+    x = [0, *[x for x, _ in steps]]
+    y = [steps[0][1], *[y for _, y in steps]]
+    return panel.fill_between(x, y, step="pre", color="0.93", zorder=0)
+
+
 if __name__ == "__main__":
-    words = common.read_words(__doc__, *STEPS, *TASKS, "compile")
+    steps = {"train": train, "sample": sample, "table": table, "plot": plot}
+    words = common.read_words(__doc__, *steps, "exact", *TASKS, "compile")
     seeds = common.read_numbers() or SEEDS
+    chosen = common.choose(words, (*steps, "exact"))
     for task in common.choose(words, TASKS):
-        for step in common.choose(words, STEPS):
-            {"train": train, "sample": sample, "table": table}[step](task, seeds)
+        for step in chosen:
+            if step in steps:
+                steps[step](task, seeds)
+    if "exact" in chosen:
+        exact.table()
