@@ -215,14 +215,17 @@ def hypervolume(points: Iterable[Point]) -> float:
     return area
 
 
-def margin(point: Point, controls: Iterable[Point]) -> float:
-    """How far a point is outside of the controls' staircase, along either axis and any mix of both;
-    negative inside.
+AXES = [(0.0, np.inf), (np.inf, 0.0)]       # what is worth nothing is reached by anyone
 
-    So much it would have to lose in both coordinates to be matched by a control in both: the
-    additive epsilon indicator.
+
+def margin(point: Point, controls: Iterable[Point]) -> float:
+    """How far a point is outside of the controls' staircase, which ends at the axes; negative
+    inside.
+
+    So much it would have to lose in both coordinates to lie on the staircase: the additive epsilon
+    indicator.
     """
-    return min(max(point[0] - x, point[1] - y) for x, y in controls)
+    return min(max(point[0] - x, point[1] - y) for x, y in [*controls, *AXES])
 
 
 def best_setting(scores: dict[float, float]) -> float:
