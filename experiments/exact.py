@@ -17,6 +17,7 @@ from torch import Tensor
 import evaluate
 import methods
 from diffusion import samplers
+from diffusion.decoding import State
 from support import runtime
 
 sys.path.insert(0, str(common.ROOT / "tests"))
@@ -115,14 +116,14 @@ def exact_networks(world: World) -> dict[str, Callable]:
 # Table
 
 
-def draw(nets: dict[str, Callable], row: Row, n_steps: int, n: int, seed: int = 0) -> Tensor:
-    """Samples of a row of the table.  -> (n, N)"""
+def draw(nets: dict[str, Callable], row: Row, n_steps: int, n: int, seed: int = 0) -> State:
+    """n samples of a row of the table."""
     spec = tiny_spec("ddpd-mask", grid=(N_TOKENS,), vocab=VOCAB, n_classes=0)
     states = methods.sample(
         spec, nets, torch.zeros(n, dtype=torch.long), n_steps=n_steps, sampler=row.sampler,
         generator=torch.Generator().manual_seed(seed), **row.options,
     )
-    return samplers.last(states).x
+    return samplers.last(states)
 
 
 def entropy(x: Tensor) -> float:
@@ -139,19 +140,21 @@ def table() -> None:
     print(f"\nexact networks, {N_SAMPLES:,} samples; the data have {entropy_of(world):.2f} bits\n")
     common.print_header(
         "sampler", *[f"total variation, {words}" for words in by_steps],
-        *[f"bits, {words}" for words in by_steps],
+        *[f"bits, {words}" for words in by_steps], f"calls, {by_steps[-1]}",
     )
     real = world.sample(N_SAMPLES, runtime.generator("exact"))
-    print_laws("draws of the data", world, [real] * len(STEPS))
+    print_laws("draws of the data", world, [real] * len(STEPS), "")
     for name, row in ROWS.items():
-        print_laws(name, world, [draw(nets, row, n_steps, N_SAMPLES) for n_steps in STEPS])
+        states = [draw(nets, row, n_steps, N_SAMPLES) for n_steps in STEPS]
+        n_calls = states[-1].nfe.double().mean()
+        print_laws(name, world, [state.x for state in states], f"{n_calls:.1f}")
 
 
 def entropy_of(world: World) -> float:
     return world.entropy() * world.points.shape[1]
 
 
-def print_laws(name: str, world: World, samples: list[Tensor]) -> None:
+def print_laws(name: str, world: World, samples: list[Tensor], calls: str) -> None:
     distances = [f"{world.distance(x):.3f}" for x in samples]
     bits = [f"{entropy(x):.2f}" for x in samples]
-    common.print_row([name, *distances, *bits])
+    common.print_row([name, *distances, *bits, calls])

@@ -44,7 +44,7 @@ class Task(NamedTuple):
     calls: tuple[int, ...]
     axes: tuple[str, str]   # columns of the plane in which frontiers lie, more is better
     n_report: int = 2000
-    n_choice: int = 500     # recall depends on the number of samples: compare within a seed only
+    n_choice: int = 500
 
 
 PICTURE_AXES = ("recall", "precision")
@@ -73,11 +73,15 @@ class Arm(NamedTuple):
     is_control: bool = False
 
 
-TEMPERATURES = (1.0, 0.9, 0.8, 0.7, 0.6)
+# The best harmonic mean of digits lies inside of these ranges
+TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4)
+P2_TEMPERATURES = (2.0, 1.6, 1.3, 1.0, 0.8)
+NOISES = (0.0, 2.0, 4.5, 9.0, 18.0)
+P2_ETAS = (0.0, 0.5, 1.0, 2.0, 4.0)
 ARMS = [
     Arm("ancestral", "ancestral", "temperature", TEMPERATURES, is_control=True),
     Arm("MaskGIT, temperature", "confidence", "temperature", TEMPERATURES, is_control=True),
-    Arm("MaskGIT, noise", "confidence", "noise", (0.0, 1.0, 2.0, 4.5, 9.0), is_control=True),
+    Arm("MaskGIT, noise", "confidence", "noise", NOISES, is_control=True),
     Arm("random order", "random", "temperature", TEMPERATURES, is_control=True),
     Arm(
         "ReMDM, rescaled", "remdm", "eta", (0.05, 0.1, 0.2, 0.5, 1.0), dict(remask="rescale"),
@@ -85,9 +89,9 @@ ARMS = [
     ),
     Arm("ReMDM, confidence", "remdm", "temperature", TEMPERATURES, is_control=True),
     Arm("ddpd", "ddpd", "temperature", TEMPERATURES),
-    Arm("p2, temperature", "p2", "temperature", (1.2, 1.1, 1.0, 0.9, 0.8)),
-    Arm("p2, eta", "p2", "eta", (0.0, 0.25, 0.5, 1.0, 2.0)),
-    Arm("p2, eta, planner of fills", "p2", "eta", (0.0, 0.25, 0.5, 1.0, 2.0), training="fills"),
+    Arm("p2, temperature", "p2", "temperature", P2_TEMPERATURES),
+    Arm("p2, eta", "p2", "eta", P2_ETAS),
+    Arm("p2, eta, planner of fills", "p2", "eta", P2_ETAS, training="fills"),
 ]
 
 
@@ -331,11 +335,14 @@ SUMMARIES = {
 
 
 def table(task: str, seeds: list[int]) -> None:
-    """Print means over training seeds with 95 % intervals (Student's t over the seeds)."""
+    """Print the results of all arms that are finished."""
     rows = common.select(TABLE.rows(), task=task)
     columns = [name for name in COLUMNS if any(row.get(name) for row in rows)]
     names = [COLUMNS[name][0] for name in columns]
-    print(f"\n{task}, sampling seed {REPORT_SEED}, settings chosen on {CHOICE_SEED}\n")
+    print(
+        f"\n{task}: means over training seeds with 95 % intervals (Student's t); sampling seed "
+        f"{REPORT_SEED}, settings chosen on {CHOICE_SEED}\n"
+    )
     common.print_header(
         "calls", "arm", "seeds", "dial", *names, *SUMMARIES.values(), "MFLOP per sample"
     )
@@ -378,7 +385,7 @@ COLOURS = ("#d62728", "#1f5fd6", "#17a34a", "#c026d3", "#f08c00", "#0891b2", "#7
 PLANNED_MARKERS = "oDs^vP"
 GREYS = ("0.30", "0.45", "0.60", "0.70", "0.78", "0.55")
 CONTROL_MARKERS = "x+12<>"
-PANEL_WIDTH = 3.6       # inches
+PANEL_WIDTH = 3.1       # inches
 LEGEND_WIDTH = 2.7
 
 
@@ -388,7 +395,7 @@ def plot(task: str, seeds: list[int]) -> None:
     all_calls = TASKS[task].calls
     width = PANEL_WIDTH * len(all_calls) + LEGEND_WIDTH
     figure, panels = common.open_figure(
-        1, len(all_calls), width=width, height=4.2, sharex=True, sharey=True, squeeze=False
+        1, len(all_calls), width=width, height=3.9, sharex=True, sharey=True, squeeze=False
     )
     styles = styles_of(ARMS)
     handles = {}

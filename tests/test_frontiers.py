@@ -15,6 +15,7 @@ import config
 import evaluate
 import methods
 import train_ddpd
+from sources import maze
 
 sys.path.append(str(ROOT / "experiments"))
 
@@ -179,6 +180,26 @@ def test_a_tiny_task_from_training_to_plot(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "frontiers_digits.png").stat().st_size > 10_000
 
 
+def test_mazes_are_judged_by_their_paths(monkeypatch, tmp_path, capsys):
+    """Held-out mazes with their walls given, which have no scores of real data."""
+    for name, size in {"N_TRAIN": 40, "N_VAL": 20}.items():
+        monkeypatch.setattr(maze, name, size)
+    task = Task("maze_ddpd", "out/mazes_{seed}", (4,), ("valid", "shortest"), 10, 6)
+    monkeypatch.setitem(frontiers.TASKS, "mazes", task)
+    monkeypatch.setattr(frontiers, "ARMS", [PLAIN, PLANNED])
+    monkeypatch.setattr(frontiers.common, "ASSETS", tmp_path)
+    monkeypatch.setattr(frontiers, "TABLE", frontiers.common.Table("frontiers.csv"))
+    train_ddpd.main(tiny_config("mazes_0", "--data", "maze", "--max-iters", 1))
+    frontiers.sample("mazes", [0])
+    rows = rows_in(tmp_path / "frontiers.csv")
+    assert [row["n"] for row in rows] == 4 * ["6", "10"]
+    assert {row["valid"] for row in rows} == {"0.0"}
+    frontiers.table("mazes", [0])
+    assert "| valid | shortest |" in capsys.readouterr().out
+    frontiers.plot("mazes", [0])
+    assert (tmp_path / "frontiers_mazes.png").exists()
+
+
 # Exact networks
 
 
@@ -203,17 +224,25 @@ def test_the_blind_planner_averages_over_levels():
     ("ancestral", 256, 0.01, 5.16),
     ("ancestral", 2, 0.32, 6.66),               # many at a time: as if they were independent
     ("MaskGIT, noise 0", 8, 0.70, 1.17),        # sharpened
+    ("p2", 8, 0.67, 1.41),
 ])
 def test_laws_with_exact_networks(name, n_steps, tv, bits):
     world = exact.make_world()
     nets = exact.exact_networks(world)
-    x = exact.draw(nets, exact.ROWS[name], n_steps, 20_000)
+    x = exact.draw(nets, exact.ROWS[name], n_steps, 20_000).x
     assert world.distance(x) == pytest.approx(tv, abs=0.025)
     assert exact.entropy(x) == pytest.approx(bits, abs=0.05)
 
 
 def test_the_exact_table_covers_the_arms():
     """A sampler that is judged on frontiers has a row there."""
-    assert {row.sampler for row in exact.ROWS.values()} >= {
-        evaluate.sampler_of(arm.sampler) for arm in frontiers.ARMS
-    }
+    judged = {evaluate.sampler_of(arm.sampler) for arm in frontiers.ARMS}
+    assert judged <= {row.sampler for row in exact.ROWS.values()}
+
+
+def test_the_exact_table_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(exact, "N_SAMPLES", 200)
+    exact.table()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 3 + len(exact.ROWS)
+    assert len({line.count("|") for line in lines}) == 1
