@@ -1,4 +1,4 @@
-"""The law of each sampler with exact networks: what no training mends.
+"""The law of each sampler with exact networks: the part of its error that is its own.
 
 The world is all sequences of 8 binary tokens with at most two changes between neighbours: 58 of
 256. The denoiser's posteriors are exact, and so are the planner's, which like a trained one sees
