@@ -7,7 +7,7 @@ A sampler has a dial, such as its temperature, that trades variety for precision
 all settings of the dial, at equal numbers of network calls.
 train   the networks of each task with three seeds, into out/
 sample  every arm at every setting of its dial, on two seeds of the sampling noise: one to choose
-        the setting, one to report it. Held-out data is a row, too: assets/frontiers.csv
+        the setting, one to report it. Held-out data is a row, too: assets/frontiers_TASK.csv
 table   for each arm and number of calls, at the chosen setting: the scores, their harmonic mean,
         the area that the frontier dominates, and how far the arm gets outside of the controls
 plot    assets/frontiers_TASK.png
@@ -35,32 +35,33 @@ CHOICE_SEED = 100       # of the sampling noise: here settings of dials are chos
 REPORT_SEED = 0         # and here their scores are read off
 N_COUNTED = 50          # samples over which FLOPs are counted
 REAL = "held-out data"
-TABLE = common.Table("frontiers.csv")
 
 
 class Task(NamedTuple):
     config: str
     folder: str             # of a run, by its seed
-    calls: tuple[int, ...]
+    planner_flags: str      # of the training of the planner on the trunk
     axes: tuple[str, str]   # columns of the plane in which frontiers lie, more is better
-    n_report: int = 2000
-    n_choice: int = 500
+    calls: tuple[int, ...] = (8, 16)
+    n_report: int = 500
+    n_choice: int = 250
 
 
 PICTURE_AXES = ("recall", "precision")
 TASKS = {
-    "digits": Task("digits", "out/frontiers/digits_{seed}", (8, 16, 32), PICTURE_AXES),
-    "avatars": Task("avatars", "out/faces/ddpd_{seed}", (16, 32, 64), PICTURE_AXES, n_report=1000),
-    # exact scores of held-out mazes, of which there are 1,000
+    "digits": Task(
+        "digits", "out/frontiers/digits_{seed}", "--max-iters 800", PICTURE_AXES, n_report=2000, n_choice=500
+    ),
+    "avatars": Task(
+        "avatars", "out/frontiers/avatars_{seed}", "--max-iters 1500 --batch-size 32", PICTURE_AXES
+    ),
     "mazes": Task(
-        "maze_ddpd", "out/frontiers/maze_{seed}", (16, 32, 64), ("valid", "shortest"), n_report=1000
+        "maze_ddpd", "out/frontiers/maze_{seed}", "--max-iters 1500",
+        ("valid", "shortest"), calls=(8, 16, 32),
     ),
 }
-# Name -> flags. The first is a task's own; runs of the others have its folder with "_NAME"
-TRAININGS = {
-    "pair": (),
-    "fills": ("--on-policy", "0.5"),
-}
+# The first is a task's own; runs of the others have its folder with "_NAME"
+TRAININGS = ("pair", "trunk")
 
 
 class Arm(NamedTuple):
@@ -73,43 +74,44 @@ class Arm(NamedTuple):
     is_control: bool = False
 
 
-# The best harmonic mean of digits lies inside of these ranges
-TEMPERATURES = (1.0, 0.85, 0.7, 0.55, 0.4)
-P2_TEMPERATURES = (2.0, 1.6, 1.3, 1.0, 0.8)
-NOISES = (0.0, 2.0, 4.5, 9.0, 18.0)
-P2_ETAS = (0.0, 0.5, 1.0, 2.0, 4.0)
+TEMPERATURES = (1.0, 0.8, 0.6)
+ALL = dict(remask="rescale", eta=1.0)
 ARMS = [
     Arm("ancestral", "ancestral", "temperature", TEMPERATURES, is_control=True),
-    Arm("MaskGIT, temperature", "confidence", "temperature", TEMPERATURES, is_control=True),
-    Arm("MaskGIT, noise", "confidence", "noise", NOISES, is_control=True),
-    Arm("random order", "random", "temperature", TEMPERATURES, is_control=True),
-    Arm(
-        "ReMDM, rescaled", "remdm", "eta", (0.05, 0.1, 0.2, 0.5, 1.0), dict(remask="rescale"),
-        is_control=True,
-    ),
+    Arm("MaskGIT", "confidence", "temperature", TEMPERATURES, is_control=True),
+    Arm("ReMDM, all", "remdm", "temperature", TEMPERATURES, ALL, is_control=True),
+    Arm("ReMDM, eta", "remdm", "eta", (0.2, 0.5), dict(remask="rescale"), is_control=True),
     Arm("ReMDM, confidence", "remdm", "temperature", TEMPERATURES, is_control=True),
-    Arm("ddpd", "ddpd", "temperature", TEMPERATURES),
-    Arm("p2, temperature", "p2", "temperature", P2_TEMPERATURES),
-    Arm("p2, eta", "p2", "eta", P2_ETAS),
-    Arm("p2, eta, planner of fills", "p2", "eta", P2_ETAS, training="fills"),
+    Arm("ddpd", "ddpd", "temperature", (1.0, 0.7)),
+    Arm("p2", "p2", "temperature", (1.3, 1.0)),
+    Arm("planned", "planned", "temperature", TEMPERATURES, training="trunk"),
+    Arm("planned, trust", "planned", "trust", (0.5, 2.0), training="trunk"),
 ]
 
 
 def run_folder(task: str, training: str, seed: int) -> str:
     folder = TASKS[task].folder.format(seed=seed)
-    return folder if training == next(iter(TRAININGS)) else f"{folder}_{training}"
+    return folder if training == TRAININGS[0] else f"{folder}_{training}"
 
 
-def trainings() -> list[str]:
-    """Those that arms need."""
-    return [name for name in TRAININGS if any(arm.training == name for arm in ARMS)]
+def table_of(task: str) -> common.Table:
+    """Each task has its own, so that they can be sampled side by side."""
+    return common.Table(f"frontiers_{task}.csv")
 
 
 def train(task: str, seeds: list[int]) -> None:
+    """The pair, and a planner on the trunk of its denoiser, which stays as it is."""
     for seed in seeds:
-        for name in trainings():
+        pair = run_folder(task, "pair", seed)
+        flags = {
+            "pair": (),
+            "trunk": (
+                "--nets", "trunk", "--freeze-denoiser", pair, *TASKS[task].planner_flags.split(),
+            ),
+        }
+        for name in TRAININGS:
             common.train(
-                TASKS[task].config, run_folder(task, name, seed), seed, *TRAININGS[name],
+                TASKS[task].config, run_folder(task, name, seed), seed, *flags[name],
                 compiled="compile" in sys.argv,
             )
 
@@ -140,7 +142,7 @@ def settings_of(task: str, training: str) -> list[Setting]:
 
 def sample(task: str, seeds: list[int]) -> None:
     for seed in seeds:
-        for training in trainings():
+        for training in TRAININGS:
             sample_run(task, run_folder(task, training, seed), settings_of(task, training))
 
 
@@ -149,16 +151,17 @@ def sample_run(task: str, folder: str, settings: list[Setting]) -> None:
     if not common.is_started(folder):
         print(f"{folder} is not trained yet")
         return
-    missing = [setting for setting in settings if not TABLE.has(**setting.key(folder))]
+    table = table_of(task)
+    missing = [setting for setting in settings if not table.has(**setting.key(folder))]
     if not missing:
         return
     judged = evaluate.Judged(folder, runtime.pick_device())
-    if judged.metrics.val and not TABLE.has(task=task, arm=REAL):
+    if judged.metrics.val and not table.has(arm=REAL):
         real, _ = judged.metrics.val
-        TABLE.add({"task": task, "arm": REAL, "n": judged.metrics.n_val} | real)
+        table.add({"arm": REAL, "n": judged.metrics.n_val} | real)
     for setting in missing:
         row = sample_row(judged, TASKS[task], setting)
-        TABLE.add({"task": task} | row | setting.key(folder))
+        table.add(row | setting.key(folder))
         x, y = TASKS[task].axes
         print(f"{folder} {describe(setting)}: {x} {row[x]:.3f}, {y} {row[y]:.3f}", flush=True)
 
@@ -271,7 +274,7 @@ def curve_of(rows: common.Rows, task: str, arm: Arm, calls: int, seed: int) -> C
     for sampling_seed in (CHOICE_SEED, REPORT_SEED):
         keys = {value: Setting(arm, calls, value, sampling_seed).key(folder)
                 for value in arm.values}
-        found = {value: common.select(rows, task=task, **key) for value, key in keys.items()}
+        found = {value: common.select(rows, **key) for value, key in keys.items()}
         if not all(found.values()):
             return None
         splits.append({value: own[-1] for value, own in found.items()})
@@ -336,7 +339,7 @@ SUMMARIES = {
 
 def table(task: str, seeds: list[int]) -> None:
     """Print the results of all arms that are finished."""
-    rows = common.select(TABLE.rows(), task=task)
+    rows = table_of(task).rows()
     columns = [name for name in COLUMNS if any(row.get(name) for row in rows)]
     names = [COLUMNS[name][0] for name in columns]
     print(
@@ -391,7 +394,7 @@ LEGEND_WIDTH = 2.7
 
 def plot(task: str, seeds: list[int]) -> None:
     """The frontiers, means over training seeds, a panel for each number of calls."""
-    rows = common.select(TABLE.rows(), task=task)
+    rows = table_of(task).rows()
     all_calls = TASKS[task].calls
     width = PANEL_WIDTH * len(all_calls) + LEGEND_WIDTH
     figure, panels = common.open_figure(
