@@ -50,7 +50,8 @@ class Task(NamedTuple):
 PICTURE_AXES = ("recall", "precision")
 TASKS = {
     "digits": Task(
-        "digits", "out/frontiers/digits_{seed}", "--max-iters 800", PICTURE_AXES, n_report=2000, n_choice=500
+        "digits", "out/frontiers/digits_{seed}", "--max-iters 800", PICTURE_AXES,
+        n_report=2000, n_choice=500,
     ),
     "avatars": Task(
         "avatars", "out/frontiers/avatars_{seed}", "--max-iters 1500 --batch-size 32", PICTURE_AXES
