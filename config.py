@@ -96,13 +96,21 @@ class MethodOptions:
     """What is learned. Each flag names the methods that read it."""
     # ddpd: planned denoising, arXiv:2410.06264; gidd: arXiv:2503.04482; forcing: arXiv:2407.01392
     method: Literal["ddpd", "gidd", "forcing"] = "ddpd"
-    # ddpd: planner and denoiser, or a single denoiser without masks that serves as both
-    nets: Literal["pair", "single"] = "pair"
+    # ddpd: planner and denoiser; a mask denoiser with a planner on its trunk; or a single denoiser
+    # without masks that serves as both
+    nets: Literal["pair", "trunk", "single"] = "pair"
+    planner_layers: Layers = 2              # ddpd: blocks of the planner of nets trunk
     # ddpd: the denoiser's noise; the planner sees the same, or uniform noise in place of masks
     denoiser_process: Literal["mask", "uniform"] = "mask"
     # ddpd: share of the planner's rows that are masks filled by the averaged denoiser; needs nets
     # pair and denoiser_process mask
     on_policy: Share = 0.0
+    # ddpd: what a planner looks for in the denoiser's fills: tokens that differ from the data, or
+    # all that were written
+    fill_label: Literal["differs", "written"] = "differs"
+    # ddpd: run, exported run or hf://OWNER/NAME with a mask denoiser, which is taken and stays as
+    # it is: the planner alone is trained
+    freeze_denoiser: str = ""
     # forcing: its noise; that of gidd is always hybrid, masks and uniform redraws
     process: Literal["hybrid", "uniform", "mask"] = "hybrid"
     p_uniform: float = 0.1                  # gidd, forcing: share redrawn at t = 1/2 if hybrid
@@ -120,7 +128,9 @@ class MethodOptions:
 
 # The flags above that each method reads; those of other methods must stay at their defaults
 READS = {
-    "ddpd": ("nets", "denoiser_process", "on_policy"),
+    "ddpd": (
+        "nets", "planner_layers", "denoiser_process", "on_policy", "fill_label", "freeze_denoiser",
+    ),
     "gidd": ("p_uniform", "weight", "clean_token_rate"),
     "forcing": (
         "process", "p_uniform", "weight", "clean_token_rate", "noise_granularity", "rollout_share",
@@ -187,7 +197,8 @@ class Config(
     }
     # A run is resumed only with these unchanged; all others may change from start to start.
     FIXED: typing.ClassVar = (
-        "method", "nets", "denoiser_process", "p_uniform", "process", "noise_granularity", "causal",
+        "method", "nets", "planner_layers", "fill_label", "freeze_denoiser", "denoiser_process",
+        "p_uniform", "process", "noise_granularity", "causal",
         "patch",
         "data", "image_size", "grey_levels", "n_layer", "n_head", "n_embd", "base_width",
         "base_head_dim", "batch_size", "overfit", "overfit_noise", "seed",
@@ -608,17 +619,37 @@ def check_values(cfg: Config) -> Config:
             f"weight = {cfg.weight} learns nothing at level 1, where every rollout begins: "
             "use none or elbo"
         )
-    if cfg.on_policy and (cfg.nets, cfg.denoiser_process) != ("pair", "mask"):
-        raise SystemExit(
-            f"on_policy = {cfg.on_policy} needs nets = pair and denoiser_process = mask: "
-            "a planner, and masks for the denoiser to fill"
-        )
+    check_fills(cfg)
     if cfg.nets == "single" and cfg.denoiser_process == "mask":
         raise SystemExit(
             "nets = single needs denoiser_process = uniform: a mask denoiser cannot tell noise "
             "from data"
         )
     return cfg
+
+
+def check_fills(cfg: Config) -> None:
+    """Planners that learn on a mask denoiser's fills."""
+    if cfg.on_policy and (cfg.nets, cfg.denoiser_process) != ("pair", "mask"):
+        raise SystemExit(
+            f"on_policy = {cfg.on_policy} needs nets = pair and denoiser_process = mask: "
+            "a planner, and masks for the denoiser to fill"
+        )
+    if cfg.nets == "trunk" and cfg.denoiser_process != "mask":
+        raise SystemExit("nets = trunk needs denoiser_process = mask: masks to fill")
+    if cfg.fill_label == "written" and not cfg.on_policy and cfg.nets != "trunk":
+        raise SystemExit("fill_label = written needs fills: on_policy above 0, or nets = trunk")
+    if cfg.planner_layers != Config.planner_layers and cfg.nets != "trunk":
+        raise SystemExit(
+            f"planner_layers = {cfg.planner_layers} needs nets = trunk; a planner apart has n_layer"
+        )
+    if cfg.freeze_denoiser and (cfg.nets == "single" or cfg.denoiser_process != "mask"):
+        raise SystemExit(
+            "freeze_denoiser needs denoiser_process = mask, and a planner to be trained: nets = "
+            "pair or trunk"
+        )
+    if cfg.freeze_denoiser and cfg.init_from:
+        raise SystemExit("freeze_denoiser and init_from both say where weights come from: give one")
 
 
 def check_dry_run(cfg: Config) -> None:

@@ -5,9 +5,10 @@ diffusion/samplers.py and an entry in `samplers` of the methods that it fits.
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 import model
 from diffusion import forcing, gidd, likelihood, objectives, samplers
 from diffusion.decoding import DECODING_NAMES, State
-from diffusion.processes import Noise, corrupt, require_posterior, stratified_t
+from diffusion.processes import T_MIN, Noise, corrupt, require_posterior, stratified_t
 from diffusion.randomness import Random, Streams
 
 MAX_FILL_STEPS = 4      # in which masks are filled for a planner that learns on policy
@@ -47,6 +48,7 @@ class Method(NamedTuple):
     bounds: Callable                    # one of likelihood.*_bound
     samplers: dict[str, Sampler]        # name -> how; the first is the default
     has_own_levels: bool = False        # a noise level for each frame or token; sampled by rollouts
+    has_trunk: bool = False             # the planner stands on the denoiser, and learns on fills
 
 
 class Spec(NamedTuple):
@@ -56,7 +58,7 @@ class Spec(NamedTuple):
     name: str                           # of the method, a row of METHODS
     method: Method
     noise: Noise                        # the denoiser's
-    shape: model.Shape                  # of both networks
+    shape: model.Shape                  # of the networks: shape_of
 
     @property
     def grid(self) -> list[int]:
@@ -85,6 +87,8 @@ def method_name(config: dict[str, Any]) -> str:
         return config["method"]
     if config["nets"] == "single":
         return "ddpd-single"
+    if config["nets"] == "trunk":
+        return "ddpd-trunk"
     return "ddpd-mask" if config["denoiser_process"] == "mask" else "ddpd-uniform"
 
 
@@ -100,8 +104,18 @@ def spec_of(config: dict[str, Any], meta: dict[str, Any]) -> Spec:
 
 def build(spec: Spec) -> dict[str, model.Transformer]:
     """The run's networks, untrained."""
-    return {name: model.Transformer(spec.shape, name, t_conditioned)
+    nets = {name: model.Transformer(shape_of(spec, name), name, t_conditioned)
             for name, t_conditioned in spec.method.networks.items()}
+    if spec.method.has_trunk:
+        nets["planner"] = model.TrunkPlanner(shape_of(spec, "planner"), nets["denoiser"])
+    return nets
+
+
+def shape_of(spec: Spec, network: str) -> model.Shape:
+    """That of all networks, but for a planner on the denoiser's trunk, which has fewer blocks."""
+    if spec.method.has_trunk and network == "planner":
+        return replace(spec.shape, n_layer=spec.config["planner_layers"])
+    return spec.shape
 
 
 # What each method's networks learn
@@ -113,6 +127,11 @@ def tasks_of_pair(spec, x0, t, label, known, generator):
 
 def tasks_of_single(spec, x0, t, label, known, generator):
     return objectives.single_tasks(x0, t, label, spec.noise, generator, known)
+
+
+def tasks_of_trunk(spec, x0, t, label, known, generator):
+    """The planner learns on fills alone: planner_task_of_fills."""
+    return {"denoiser": objectives.denoiser_task(x0, t, label, spec.noise, generator, known)}
 
 
 def tasks_of_gidd(spec, x0, t, label, known, generator):
@@ -152,22 +171,62 @@ def make_tasks(
 
 def fill_masks(
     spec: Spec, denoiser: Callable, x0: Tensor, t: Tensor, label: Tensor, known: Tensor | None,
-    generator: torch.Generator, device: torch.device,
-) -> Tensor:
-    """Mask data at level t and let the denoiser fill it, in 1 to MAX_FILL_STEPS steps.  -> (B, N)
+    generator: torch.Generator, device: torch.device, to_the_end: bool = True,
+) -> objectives.Fill:
+    """Mask data at level t and let the denoiser fill it, in 1 to MAX_FILL_STEPS steps.
 
     x0 (B, N), t (B, 1), label (B,), known (B, N) bool or None, and what is returned, are on the
     host; the denoiser is on the device. The draws are those of streams, the same on any device.
+    to_the_end: otherwise it stops after any of the steps, and masks are left.
     """
-    x, _ = corrupt(x0, objectives.level_per_token(t, x0, known), spec.noise, generator)
+    x, is_masked = corrupt(x0, objectives.level_per_token(t, x0, known), spec.noise, generator)
     n_steps = torch.randint(1, MAX_FILL_STEPS + 1, (), generator=generator).item()
     seed = torch.randint(2**62, (), generator=generator).item()
     streams = Streams(seed, torch.arange(len(x0), device=device))
+    n_taken = n_steps
+    if not to_the_end:
+        n_taken = torch.randint(1, n_steps + 1, (), generator=generator).item()
     states = samplers.ancestral(
         denoiser, x.to(device), label.to(device), n_steps=n_steps, generator=streams,
         **asdict(spec.noise),
     )
-    return samplers.last(states).x.cpu()
+    filled = samplers.last(itertools.islice(states, n_taken)).x.cpu()
+    return objectives.Fill(filled, is_masked & (filled != spec.vocab))
+
+
+def learns_on_fills(spec: Spec) -> bool:
+    return spec.method.has_trunk or spec.config["on_policy"] > 0
+
+
+def passes_to_fill(spec: Spec) -> float:
+    """Forward passes of the denoiser for a row of a batch, beside its own training."""
+    mean_steps = (1 + MAX_FILL_STEPS) / 2
+    if spec.method.has_trunk:
+        return (1 + mean_steps) / 2 + 1                 # stopped after any of them; the trunk
+    return spec.config["on_policy"] * mean_steps
+
+
+def with_planner_on_fills(
+    spec: Spec, tasks: dict[str, objectives.Task], denoiser: Callable, x0: Tensor, t: Tensor,
+    label: Tensor, known: Tensor | None, generator: torch.Generator, device: torch.device,
+    share: float = 1.0,
+) -> dict[str, objectives.Task]:
+    """Tasks in which the planner learns on the denoiser's fills, in a share of its rows; one on the
+    denoiser's trunk in all of them, some stopped on the way.  Else as fill_masks.
+    """
+    n = len(x0)
+    if not spec.method.has_trunk:
+        n = int(share * n + torch.rand((), generator=generator))
+    of_rows = (None if y is None else y[:n] for y in (x0, t, label, known))
+    fill = fill_masks(
+        spec, denoiser, *of_rows, generator, device, to_the_end=not spec.method.has_trunk
+    )
+    fill_label = spec.config["fill_label"]
+    if spec.method.has_trunk:
+        task = objectives.fill_task(x0, t, label, fill, fill_label, spec.vocab, known)
+    else:
+        task = objectives.with_fills(tasks["planner"], x0, fill, fill_label)
+    return {**tasks, "planner": task}
 
 
 def bits_per_token(
@@ -191,7 +250,7 @@ def bits_per_token(
 # How each method is sampled
 
 
-def planned(spec, nets, x, label, **options):
+def planned_denoising(spec, nets, x, label, **options):
     return samplers.ddpd(
         nets.get("planner"), nets["denoiser"], x, label, denoiser_process=spec.noise.process,
         vocab=spec.vocab, **options,
@@ -209,6 +268,16 @@ def after_planned(spec, nets, last, label, **options):
 
 def path_planned(spec, nets, x, label, **options):
     return samplers.p2(nets["planner"], nets["denoiser"], x, label, vocab=spec.vocab, **options)
+
+
+def planned_remasking(spec, nets, x, label, **options):
+    return samplers.planned(nets["planner"].both, x, label, vocab=spec.vocab, **options)
+
+
+def after_planned_remasking(spec, nets, last, label, *, known=None, **options):
+    t = torch.full((len(label), 1), T_MIN, device=label.device)
+    p_noise = nets["planner"](last.x, t, label).sigmoid()
+    return p_noise if known is None else p_noise.masked_fill(known, 0)
 
 
 def ancestral(kind):
@@ -273,7 +342,7 @@ def rollout_together(spec, nets, x, label, **options):
     return rollout(spec, nets, x, label, lag=0, **options)
 
 
-PLANNED = Sampler(samplers.ddpd, planned, p_noise_after=after_planned)
+PLANNED = Sampler(samplers.ddpd, planned_denoising, p_noise_after=after_planned)
 ANCESTRAL = Sampler(samplers.ancestral, ancestral("others"))
 ANCESTRAL_OF_X0 = Sampler(samplers.ancestral, ancestral("self"))
 
@@ -291,6 +360,23 @@ METHODS = {
             "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
             "p2": Sampler(samplers.p2, path_planned, p_noise_after=after_planned),
         },
+    ),
+    # denoiser of masks, and a planner on its last residual that knows the denoiser's mistakes
+    "ddpd-trunk": Method(
+        networks={"planner": False, "denoiser": False},
+        process=lambda config: "mask",
+        tasks=tasks_of_trunk,
+        bounds=likelihood.masked_bound,
+        samplers={
+            "planned": Sampler(
+                samplers.planned, planned_remasking, p_noise_after=after_planned_remasking
+            ),
+            "ancestral": ANCESTRAL,
+            "confidence": Sampler(samplers.confidence, from_masks(samplers.confidence)),
+            "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
+            "p2": Sampler(samplers.p2, path_planned, p_noise_after=after_planned_remasking),
+        },
+        has_trunk=True,
     ),
     # planner and denoiser on the same noise without masks
     "ddpd-uniform": Method(

@@ -265,18 +265,29 @@ class Transformer(nn.Module):
     def hidden(
         self, x: Tensor, t: Tensor, label: Tensor, kv_cache: KVCache | None = None, n_keep: int = 0,
     ) -> Tensor:
-        """What the head reads: the last residual, normalised.  -> (B, N, D)
+        """What the head reads.  -> (B, N, D)
 
         kv_cache: x are then frames that follow those it holds, and it keeps the first n_keep of
         them
         """
+        return self.of_tokens(self.residual(x, t, label, kv_cache, n_keep))
+
+    def residual(
+        self, x: Tensor, t: Tensor, label: Tensor, kv_cache: KVCache | None = None, n_keep: int = 0,
+        below: Tensor | None = None,
+    ) -> Tensor:
+        """The last residual of the patches, normalised.  -> (B, n, D)
+
+        below (B, n, D): the residual of a network that this one stands on
+        """
         n_frames = x.shape[1] // self.shape.frame_size  # 1 where the grid is no video
         h = self.to_patches(self.tok_emb(x)) + self.positions(n_frames)         # (B, n, D)
+        if below is not None:
+            h = h + below
         if self.t_conditioned:
             features = level_features(t, self.frequency)
             h = h + self.to_patches(self.t_proj(features))              # (B, 1, D) or (B, n, D)
-        label_tokens = self.label_emb(label).view(len(x), N_LABEL_TOKENS, self.shape.n_embd)
-        label_tokens = norm(label_tokens)
+        label_tokens = self.label_tokens(label)
         if self.shape.causal:
             kv_cache = kv_cache or KVCache(self.shape)
             kv_cache.n_keep = n_keep
@@ -287,8 +298,15 @@ class Transformer(nn.Module):
             h = block(h, label_tokens, rope, kv_cache, layer)
         if kv_cache:
             kv_cache.n_kept += n_keep
-        h = norm(h)
+        return norm(h)
+
+    def of_tokens(self, h: Tensor) -> Tensor:
+        """From the patches back to their tokens.  (B, n, D) -> (B, N, D)"""
         return h if self.unpatch is None else norm(self.to_tokens(self.unpatch(h)))
+
+    def label_tokens(self, label: Tensor) -> Tensor:
+        """(B,) -> (B, N_LABEL_TOKENS, D)"""
+        return norm(self.label_emb(label).view(len(label), N_LABEL_TOKENS, self.shape.n_embd))
 
     def to_patches(self, y: Tensor) -> Tensor:
         """The tokens of each patch side by side; one level for all stands for each of them.
@@ -352,6 +370,36 @@ class Transformer(nn.Module):
         if sites is not None:
             h = h.gather(1, sites[..., None].expand(-1, -1, h.shape[-1]))
         return self.logits(h).float()
+
+
+class TrunkPlanner(Transformer):
+    """A planner of a few blocks on a denoiser's last residual: one pass of the trunk serves both.
+
+    net(x, t, label) -> (B, N) logits. The trunk is not part of it: it gets no gradient from here,
+    and is neither saved nor moved with it.
+    """
+
+    def __init__(self, shape: Shape, trunk: Transformer):
+        super().__init__(shape, "planner")
+        self.hold(trunk)
+
+    def hold(self, trunk: Transformer) -> None:
+        """Stand on this denoiser."""
+        self.trunk_of = (trunk,)    # in a tuple, so that it is no submodule
+
+    def residual(self, x: Tensor, t: Tensor, label: Tensor, *_, below: Tensor | None = None):
+        if below is None:
+            [trunk] = self.trunk_of
+            with torch.no_grad():
+                below = trunk.residual(x, t, label)
+        return super().residual(x, t, label, below=below)
+
+    def both(self, x: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Denoiser and planner in one call.  -> logits (B, N, V) and (B, N)"""
+        [trunk] = self.trunk_of
+        below = trunk.residual(x, t, label)
+        h = self.of_tokens(self.residual(x, t, label, below=below))
+        return trunk.logits(trunk.of_tokens(below)).float(), self.logits(h).float()
 
 
 def level_features(t: Tensor, frequency: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def train(
     learners = learners_of(cfg, training, world)
     n_groups = cfg.grad_accumulation_steps * world.size
     batches = Batches(cfg, spec, splits["train"], n_groups, training.ema["denoiser"])
-    meter = LossMeter(cfg.out_dir, list(training.nets), world)
+    meter = LossMeter(cfg.out_dir, training.trained, world)
     clock = Clock(training.it, n_groups * cfg.batch_size * spec.shape.n_tokens)
     validated_s = 0.0                                   # seconds of training at the last validation
     bar = tqdm(

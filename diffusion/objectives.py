@@ -98,16 +98,38 @@ def pair_tasks(
     }
 
 
-def with_fills(task: Task, x0: Tensor, fills: Tensor) -> Task:
-    """A planner's task whose first n rows are fills: which of their tokens differ from x0?
+class Fill(NamedTuple):
+    """Data of which some tokens were masked, and filled by a denoiser."""
+    x: Tensor                   # (n, N) int64
+    is_written: Tensor          # (n, N) bool: filled, be it with x0
 
-    x0 (B, N), fills (n, N): x0 with masks that a denoiser has filled. Which tokens were masked is
-    not shown, and a fill that happens to be x0 is no noise.
-    """
-    xt = torch.cat([fills, task.xt[len(fills):]])
-    differs = (xt != x0).flatten()[task.sites].float()
-    is_fill = task.sites < fills.numel()
-    return task._replace(xt=xt, target=torch.where(is_fill, differs, task.target))
+    def wrong(self, x0: Tensor, label: str) -> Tensor:
+        """What a planner is to find: tokens that "differs" from x0, or "written" ones.  (n, N)"""
+        return self.x != x0 if label == "differs" else self.is_written
+
+
+def with_fills(task: Task, x0: Tensor, fill: Fill, label: str) -> Task:
+    """A planner's task whose first n rows are fills. Which of their tokens were masked is not
+    shown.  x0 (B, N)"""
+    n = len(fill.x)
+    xt = torch.cat([fill.x, task.xt[n:]])
+    wrong = torch.cat([fill.wrong(x0[:n], label), torch.zeros_like(xt[n:], dtype=torch.bool)])
+    is_fill = task.sites < fill.x.numel()
+    target = torch.where(is_fill, wrong.flatten()[task.sites].float(), task.target)
+    return task._replace(xt=xt, target=target)
+
+
+def fill_task(
+    x0: Tensor, t: Tensor, label: Tensor, fill: Fill, fill_label: str, vocab: int,
+    known: Tensor | None = None,
+) -> Task:
+    """A planner's task on a sampler's states: which visible tokens are wrong?  x0 (B, N)"""
+    is_asked = fill.x != vocab
+    if known is not None:
+        is_asked &= ~known
+    sites = is_asked.flatten().nonzero()[:, 0]
+    target = fill.wrong(x0, fill_label).flatten()[sites].float()
+    return Task(fill.x, t, label, sites, target, planner_loss)
 
 
 def single_tasks(

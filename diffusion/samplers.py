@@ -395,6 +395,85 @@ def most_remasked(t: float, s: float) -> float:
 
 
 @torch.no_grad()
+def planned(
+    net: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
+    eta: float = 1.0, trust: float = 1.0, vocab: int | None = None, known: Tensor | None = None,
+    **decoding,
+) -> Iterator[State]:
+    """Planned remasking: ReMDM in which a planner chooses what is masked again, one call a step.
+
+    net(x, t, label)  ->  logits (B, N, V) of a denoiser, and (B, N) of a planner that says which
+    visible tokens are wrong; x (B, N) masks (id vocab)  ->  yields State, with P(wrong) of visible
+    tokens. As many tokens are uncovered and masked again, on average, as remdm(remask="rescale")
+    would.
+    eta        share of what may be masked again that is; 0: nothing
+    trust      power of the odds of being wrong, to which the probability of masking a token again
+               is proportional; 0: all alike, as remdm does, with its law
+    """
+    options = Decoding(**decoding)
+    check_at_least(n_steps=(n_steps, 1), eta=(eta, 0), trust=(trust, 0))
+    editable = editable_mask(x, known)
+    vocab = check_all_masked(x, editable, vocab)
+    nfe = torch.zeros_like(label)
+    x = x.clone()
+    for step in range(n_steps):
+        t = 1 - step / n_steps
+        s = 1 - (step + 1) / n_steps
+        is_masked = editable & (x == vocab)
+        is_visible = editable & ~is_masked
+        t_input = torch.full((len(x), 1), t, device=x.device).clamp(T_MIN, T_MAX)
+        logits, plan_logits, calls = denoiser_and_planner(net, x, t_input, label, options)
+        nfe = nfe + calls
+
+        u = uniform(x.shape, generator, x.device)
+        mean_sigma = min(1.0, eta) * most_remasked(t, s)
+        sigma = shared_out(mean_sigma, plan_logits, is_visible, trust)
+        uncovered = is_masked & (u < (t - s + mean_sigma * (1 - t)) / t)
+        remasked = u < sigma
+        draw = sample_at(None, x, t_input, label, uncovered, options, generator, logits)
+        x = torch.where(remasked, vocab, draw.x)
+        p_noise = torch.where(is_masked, 1.0, plan_logits.sigmoid()) * editable
+        yield State(x.clone(), p_noise, uncovered | remasked, t_input[:, 0], nfe)
+
+
+def denoiser_and_planner(
+    net: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding,
+) -> tuple[Tensor, Tensor, int]:
+    """Both logits of a net that is both, the denoiser's guided.  -> (B, N, V), (B, N), calls"""
+    plans = []
+
+    def denoiser(x, t, label):
+        logits, plan_logits = net(x, t, label)
+        plans.append(plan_logits.float())
+        return logits
+
+    logits, calls = cfg_logits(denoiser, x, t, label, options)
+    plan_logits = plans[0][:len(x)]                     # with the label, where asked without it too
+    refuse_nan(plan_logits)
+    return logits, plan_logits, calls
+
+
+def shared_out(
+    mean_sigma: float, logits: Tensor, is_visible: Tensor, trust: float,
+) -> Tensor:
+    """Probabilities of masking visible tokens again, in proportion to their odds^trust.
+
+    logits, is_visible (B, N)  ->  (B, N), mean_sigma on average over the visible tokens of a row;
+    where that would take one above 1, it is 1 and the others share the rest
+    """
+    log_odds = logits.double().clamp(-50, 50)           # an oracle is as sure as can be
+    weight = (trust * log_odds).masked_fill(~is_visible, -torch.inf).softmax(1).nan_to_num(0)
+    falling = weight.sort(1, descending=True).values
+    still_to_share = falling.flip(1).cumsum(1).flip(1)  # of a token and all that follow
+    n_before = torch.arange(weight.shape[1], device=weight.device)
+    n_expected = mean_sigma * is_visible.sum(1, keepdim=True)
+    factor = (n_expected - n_before) / still_to_share.clamp_min(1e-300)
+    fits = factor * falling <= 1 + 1e-9                 # those before it are all at 1
+    first = fits.int().argmax(1, keepdim=True)
+    return (factor.gather(1, first) * weight).clamp(0, 1) * is_visible
+
+
+@torch.no_grad()
 def p2(
     planner: Callable, denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int,
     generator: Random, eta: float = 1.0, schedule: str = "linear", vocab: int | None = None,

@@ -243,7 +243,8 @@ def check_weights(weights: dict[str, Any], spec: methods.Spec) -> dict[str, mode
     """Finite ones of the networks that the config describes.  {PART.NETWORK: tensors}  ->  those
     networks, without memory"""
     for where, saved in weights.items():
-        check_size(where, saved, spec.shape)            # before anything of that size is built
+        shape = methods.shape_of(spec, where.split(".")[-1])
+        check_size(where, saved, shape)                 # before anything of that size is built
     with torch.device("meta"):
         nets = methods.build(spec)
     for where, saved in weights.items():
@@ -356,7 +357,10 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu") -> Run:
 # Exported runs
 
 # What concerns nobody else: paths and accounts of whoever trained
-PRIVATE = ("out_dir", "init_from", "wandb_project", "wandb_entity", "wandb_name", "wandb_mode")
+PRIVATE = (
+    "out_dir", "init_from", "freeze_denoiser", "wandb_project", "wandb_entity", "wandb_name",
+    "wandb_mode",
+)
 
 
 def write_export(folder: Path, run: Run) -> None:

@@ -158,11 +158,11 @@ def flops_of_step(spec: methods.Spec, nets: dict[str, model.Transformer], batch:
     shape = spec.shape
     flops = 0
     for net in nets.values():
-        flops += batch * shape.n_layer * flops_of_block(shape)
+        flops += batch * net.shape.n_layer * flops_of_block(shape)
         flops += 2 * n_loss_tokens(net, nets, batch) * net.head.weight.numel()
         if net.unpatch is not None:
             flops += 2 * batch * shape.n_patches * net.unpatch.weight.numel()
-    passes = spec.config["on_policy"] * (1 + methods.MAX_FILL_STEPS) / 2        # to fill masks
+    passes = methods.passes_to_fill(spec)
     return 3 * flops + round(passes * batch * shape.n_layer * flops_of_block(shape))
 
 
@@ -248,7 +248,7 @@ def print_summary(
     if cfg.method == "ddpd":
         losses["denoiser_start"] = math.log(spec.vocab)
         print(f"denoiser CE starts at ln V = {losses['denoiser_start']:.4f} nats")
-    if "planner" in nets and spec.noise.has_posterior:
+    if "planner" in nets and spec.noise.has_posterior and not spec.method.has_trunk:
         constant, level_only = processes.PLANNER_BCE_CONSTANT, processes.PLANNER_BCE_LEVEL_ONLY
         floor = processes.planner_bce_floor(spec.vocab)
         losses |= dict(planner_blind=constant, planner_level_only=level_only, planner_floor=floor)

@@ -119,6 +119,7 @@ class Training:
     ema: dict[str, model.Transformer]       # averaged weights, which are validated and sampled
     optimizers: dict[str, torch.optim.Optimizer]
     lrs: dict[str, float]                   # of each network, at base_width
+    trained: list[str]                      # networks; others are frozen
     it: int                                 # iterations done
 
 
@@ -129,7 +130,11 @@ def build_training(
     torch.manual_seed(cfg.seed)
     nets = methods.build(spec)
     runtime.place(nets, device)
-    ema = {name: copy.deepcopy(net).requires_grad_(False) for name, net in nets.items()}
+    ema = copy.deepcopy(nets)
+    for net in ema.values():
+        net.requires_grad_(False)
+    if spec.method.has_trunk:
+        nets["planner"].hold(ema["denoiser"])           # the one that it is sampled with
     lrs = {"planner": cfg.planner_lr, "denoiser": cfg.denoiser_lr}
     optimizers = {}
     for name, net in nets.items():
@@ -142,7 +147,10 @@ def build_training(
             load_optimizer(optimizers[name], state["optimizers"][name])
     elif cfg.init_from:
         init_from(cfg, spec, nets, ema)
-    return Training(nets, ema, optimizers, lrs, state["it"] if state else 0)
+    elif cfg.freeze_denoiser:
+        freeze_denoiser(cfg, spec, nets, ema)
+    trained = ["planner"] if cfg.freeze_denoiser else list(nets)
+    return Training(nets, ema, optimizers, lrs, trained, state["it"] if state else 0)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -153,7 +161,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 
 def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> None:
     """Averaged weights of the run cfg.init_from, into a run that has none of its own yet."""
-    other = checkpoint.load_averages(hub.local_folder(cfg.init_from))
+    other, other_spec = averages_of(f"--init-from {cfg.init_from}", cfg.init_from, spec)
+    if other_spec.name != spec.name:
+        raise SystemExit(f"--init-from {cfg.init_from} is a {other_spec.name} run, not {spec.name}")
+    for name in nets:
+        nets[name].load_state_dict(other["ema"][name])
+        ema[name].load_state_dict(other["ema"][name])
+
+
+def averages_of(
+    said: str, path: str, spec: methods.Spec,
+) -> tuple[dict[str, Any], methods.Spec]:
+    """Averaged weights of a run or export of the same shape; `said` names it in refusals."""
+    other = checkpoint.load_averages(hub.local_folder(path))
     other_spec = methods.spec_of(other["config"], other["meta"])
     shape, theirs = asdict(spec.shape), asdict(other_spec.shape)
     differing = {name: value for name, value in theirs.items() if value != shape[name]}
@@ -161,12 +181,19 @@ def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> 
         has = ", ".join(f"{name} {value}, not {shape[name]}" for name, value in differing.items())
         of_data = [name for name in OF_DATA if name in differing]
         remedy = "it was trained on other data" if of_data else config.as_flags(differing)
-        raise SystemExit(f"--init-from {cfg.init_from} has {has}: {remedy}")
-    if other_spec.name != spec.name:
-        raise SystemExit(f"--init-from {cfg.init_from} is a {other_spec.name} run, not {spec.name}")
-    for name in nets:
-        nets[name].load_state_dict(other["ema"][name])
-        ema[name].load_state_dict(other["ema"][name])
+        raise SystemExit(f"{said} has {has}: {remedy}")
+    return other, other_spec
+
+
+def freeze_denoiser(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> None:
+    """The averaged denoiser of the run cfg.freeze_denoiser, into a run that trains a planner."""
+    said = f"--freeze-denoiser {cfg.freeze_denoiser}"
+    other, other_spec = averages_of(said, cfg.freeze_denoiser, spec)
+    is_fitting = other_spec.noise.only_masks and not other_spec.method.networks["denoiser"]
+    if not is_fitting:
+        raise SystemExit(f"{said} is a {other_spec.name} run, whose denoiser is not one of masks")
+    for networks in (nets, ema):
+        networks["denoiser"].load_state_dict(other["ema"]["denoiser"])
 
 
 # One iteration
@@ -188,7 +215,8 @@ def learners_of(
 ) -> dict[str, nn.Module]:
     """A learner of each network, compiled and distributed as the config and the world ask."""
     learners = {}
-    for name, net in training.nets.items():
+    for name in training.trained:
+        net = training.nets[name]
         net.recompute = cfg.recompute
         if cfg.compile and world.device.type == "mps":
             raise SystemExit("--compile is for CUDA GPUs and CPUs: leave it out on an Apple GPU")
@@ -259,23 +287,15 @@ class Batches:
             label = objectives.drop_labels(label, self.spec.n_classes, cfg.label_dropout, rng)
         known = data.known_mask(self.spec.meta, x0)
         tasks = methods.make_tasks(self.spec, x0, label, known, rng)
-        if cfg.on_policy:                                 # drawn last: all else is as without it
-            tasks["planner"] = self.on_policy(tasks["planner"], x0, known, rng)
+        if methods.learns_on_fills(self.spec):          # drawn last: all else is as without them
+            t, label = tasks["denoiser"].t, tasks["denoiser"].label
+            device = next(self.denoiser.parameters()).device
+            with runtime.autocast(device, cfg.dtype):
+                tasks = methods.with_planner_on_fills(
+                    self.spec, tasks, self.denoiser, x0, t, label, known, rng,
+                    runtime.device_of_doubles(device), cfg.on_policy,
+                )
         return tasks
-
-    def on_policy(
-        self, task: objectives.Task, x0: Tensor, known: Tensor | None, rng: torch.Generator,
-    ) -> objectives.Task:
-        """The planner's task with a share of its rows replaced by the denoiser's fills."""
-        n = int(self.cfg.on_policy * len(x0) + torch.rand((), generator=rng))
-        known = None if known is None else known[:n]
-        device = next(self.denoiser.parameters()).device
-        with runtime.autocast(device, self.cfg.dtype):
-            fills = methods.fill_masks(
-                self.spec, self.denoiser, x0[:n], task.t[:n], task.label[:n], known, rng,
-                runtime.device_of_doubles(device),
-            )
-        return objectives.with_fills(task, x0, fills)
 
     def epochs(self, it: int) -> float:
         """How often `it` iterations have seen each sequence."""
@@ -298,12 +318,13 @@ def clip_gradients(net: nn.Module, max_norm: float) -> Tensor:
 
 
 def update_weights(cfg: config.Config, training: Training) -> Tensor:
-    """One optimizer step of every network, and of its average.  -> (n_nets,) gradient norms before
-    clipping, left on the device"""
+    """One optimizer step of every trained network, and of its average.  -> (n_trained,) gradient
+    norms before clipping, left on the device"""
     norms = []
     warmup_decay = (1 + training.it) / (10 + training.it)       # early averages forget the start
     decay = min(cfg.ema_decay, warmup_decay)
-    for name, net in training.nets.items():
+    for name in training.trained:
+        net = training.nets[name]
         optimizer = training.optimizers[name]
         for group in optimizer.param_groups:
             group["lr"] = training.lrs[name] * group["lr_scale"] * lr_factor(training.it, cfg)

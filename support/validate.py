@@ -80,13 +80,14 @@ def validate(cfg: config.Config, spec: methods.Spec, nets: dict[str, Callable], 
     for i in torch.arange(n).split(BATCH):
         known = data.known_mask(spec.meta, x0[i])
         tasks = methods.make_tasks(spec, x0[i], label[i], known, rng, t[i])
-        if cfg.on_policy:
+        if methods.learns_on_fills(spec):
             with runtime.autocast(device, cfg.dtype):
-                fills = methods.fill_masks(
-                    spec, nets["denoiser"], x0[i], t[i], label[i], known, fill_rng,
+                on_fills = methods.with_planner_on_fills(
+                    spec, tasks, nets["denoiser"], x0[i], t[i], label[i], known, fill_rng,
                     runtime.device_of_doubles(device),
                 )
-            tasks["planner_fill"] = objectives.with_fills(tasks["planner"], x0[i], fills)
+            name = "planner" if spec.method.has_trunk else "planner_fill"
+            tasks[name] = on_fills["planner"]
         for name, task in tasks.items():
             metrics[name] = METRIC_NAMES.get(task.loss, ("loss", "accuracy"))
             net = nets[name.removesuffix("_fill")]

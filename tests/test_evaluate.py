@@ -67,6 +67,7 @@ def flags_of(**values):
         ("ddpd", "ddpd-single", 9, 9),
         ("p2", "ddpd-mask", 9, 4),
         ("confidence", "ddpd-mask", 8, 8),
+        ("planned", "ddpd-trunk", 8, 8),
         ("ancestral", "ddpd-uniform", 3, 3),
         ("ancestral", "gidd", 3, 3),
     ],

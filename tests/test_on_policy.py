@@ -30,7 +30,12 @@ def batch(n, rng):
 
 def fill(denoiser, x0, t, label, rng, known=None):
     spec = tiny_spec("ddpd-mask", vocab=V)
-    return methods.fill_masks(spec, denoiser, x0, t, label, known, rng, CPU)
+    return methods.fill_masks(spec, denoiser, x0, t, label, known, rng, CPU).x
+
+
+def as_fill(fills):
+    """Of which nobody knows what was written."""
+    return objectives.Fill(fills, torch.zeros_like(fills, dtype=torch.bool))
 
 
 # Fills and their labels
@@ -54,7 +59,7 @@ def test_tokens_that_differ_are_noise_in_the_rows_of_fills(rng):
     task = objectives.pair_tasks(x0, t, label, noise, rng)["planner"]
     fills = fill(denoiser, x0[:300], t[:300], label[:300], rng)
     assert (fills == torch.where(fills == 0, 0, x0[:300])).all()
-    mixed = objectives.with_fills(task, x0, fills)
+    mixed = objectives.with_fills(task, x0, as_fill(fills), "differs")
     target = mixed.target.view(400, 16)
     assert torch.equal(target[:300], (fills != x0[:300]).float())
     assert target[:300].mean().item() == pytest.approx(0.5 * (1 - 1 / V), abs=0.02)
@@ -94,7 +99,7 @@ def test_known_tokens_are_neither_filled_nor_asked_for(rng):
     assert (fills != x0)[~known].any()
     noise = tiny_spec("ddpd-mask", vocab=V).noise
     task = objectives.pair_tasks(x0, t, label, noise, rng, known)["planner"]
-    mixed = objectives.with_fills(task, x0, fills)
+    mixed = objectives.with_fills(task, x0, as_fill(fills), "differs")
     assert torch.equal(mixed.target, (fills != x0)[~known].float())
 
 

@@ -71,6 +71,7 @@ def test_a_row_draws_the_same_in_any_company():
 
 CASES = [(name, sampler) for name, row in {
     "ddpd-mask": ["ddpd", "ancestral", "confidence", "remdm", "p2"],
+    "ddpd-trunk": ["planned", "p2"],
     "ddpd-uniform": ["ddpd", "ancestral"],
     "ddpd-single": ["ddpd", "ancestral"],
     "gidd": ["ancestral", "self_correct"],

@@ -736,12 +736,13 @@ def test_arguments_that_mean_nothing_are_refused_by_name(bad, name, rng):
 
 @pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("sampler", [
-    "ddpd", "ancestral", "confidence", "remdm", "p2", "self_correct", "rollout",
+    "ddpd", "ancestral", "confidence", "remdm", "p2", "planned", "self_correct", "rollout",
 ])
 def test_a_misfit_of_sampler_and_method_is_refused(method, sampler):
     """The error names the sampler, the method, and samplers that fit."""
     fitting = {
         "ddpd-mask": ["ddpd", "ancestral", "confidence", "remdm", "p2"],
+        "ddpd-trunk": ["planned", "ancestral", "confidence", "remdm", "p2"],
         "ddpd-uniform": ["ddpd", "ancestral"],
         "ddpd-single": ["ddpd", "ancestral"],
         "gidd": ["ancestral", "self_correct"],

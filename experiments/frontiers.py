@@ -1,0 +1,475 @@
+"""Does planning pay? Samplers compared by their frontiers of precision and recall.
+
+python experiments/frontiers.py [train | sample | table | plot | exact] [TASK ...] [compile]
+[SEED ...]
+
+A sampler has a dial, such as its temperature, that trades variety for precision. It is judged at
+all settings of the dial, at equal numbers of network calls.
+train   the networks of each task with three seeds, into out/
+sample  every arm at every setting of its dial, on two seeds of the sampling noise: one to choose
+        the setting, one to report it. Held-out data is a row, too: assets/frontiers_TASK.csv
+table   for each arm and number of calls, at the chosen setting: the scores, their harmonic mean,
+        the area that the frontier dominates, and how far the arm gets outside of the controls
+plot    assets/frontiers_TASK.png
+exact   the law of each sampler on a tiny world with exact networks (exact.py)
+Without a word all of it is done, for all tasks. "compile" trains compiled networks, in about half
+the time. Finished runs and rows are skipped, so the same command resumes.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import common
+import exact
+import numpy as np
+from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
+
+import evaluate
+from support import runtime, sampling
+
+SEEDS = [0, 1, 2]
+CHOICE_SEED = 100       # of the sampling noise: here settings of dials are chosen,
+REPORT_SEED = 0         # and here their scores are read off
+N_COUNTED = 50          # samples over which FLOPs are counted
+REAL = "held-out data"
+
+
+class Task(NamedTuple):
+    config: str
+    folder: str             # of a run, by its seed
+    planner_flags: str      # of the training of the planner on the trunk
+    axes: tuple[str, str]   # columns of the plane in which frontiers lie, more is better
+    calls: tuple[int, ...] = (8, 16)
+    n_report: int = 500
+    n_choice: int = 250
+
+
+PICTURE_AXES = ("recall", "precision")
+TASKS = {
+    "digits": Task(
+        "digits", "out/frontiers/digits_{seed}", "--max-iters 800", PICTURE_AXES,
+        n_report=2000, n_choice=500,
+    ),
+    "avatars": Task(
+        "avatars", "out/frontiers/avatars_{seed}", "--max-iters 1500 --batch-size 32", PICTURE_AXES
+    ),
+    "mazes": Task(
+        "maze_ddpd", "out/frontiers/maze_{seed}", "--max-iters 1500",
+        ("valid", "shortest"), calls=(8, 16, 32),
+    ),
+}
+# The first is a task's own; runs of the others have its folder with "_NAME"
+TRAININGS = ("pair", "trunk")
+
+
+class Arm(NamedTuple):
+    name: str
+    sampler: str                    # a row of evaluate.py
+    dial: str                       # the option that is varied
+    values: tuple[float, ...]
+    options: Mapping[str, Any] = MappingProxyType({})   # the others that are not the default
+    training: str = "pair"
+    is_control: bool = False
+
+
+TEMPERATURES = (1.0, 0.8, 0.6)
+ALL = dict(remask="rescale", eta=1.0)
+ARMS = [
+    Arm("ancestral", "ancestral", "temperature", TEMPERATURES, is_control=True),
+    Arm("MaskGIT", "confidence", "temperature", TEMPERATURES, is_control=True),
+    Arm("ReMDM, all", "remdm", "temperature", TEMPERATURES, ALL, is_control=True),
+    Arm("ReMDM, eta", "remdm", "eta", (0.2, 0.5), dict(remask="rescale"), is_control=True),
+    Arm("ReMDM, confidence", "remdm", "temperature", TEMPERATURES, is_control=True),
+    Arm("ddpd", "ddpd", "temperature", (1.0, 0.7)),
+    Arm("p2", "p2", "temperature", (1.3, 1.0)),
+    Arm("planned", "planned", "temperature", TEMPERATURES, training="trunk"),
+    Arm("planned, trust", "planned", "trust", (0.5, 2.0), training="trunk"),
+]
+
+
+def run_folder(task: str, training: str, seed: int) -> str:
+    folder = TASKS[task].folder.format(seed=seed)
+    return folder if training == TRAININGS[0] else f"{folder}_{training}"
+
+
+def table_of(task: str) -> common.Table:
+    """Each task has its own, so that they can be sampled side by side."""
+    return common.Table(f"frontiers_{task}.csv")
+
+
+def train(task: str, seeds: list[int]) -> None:
+    """The pair, and a planner on the trunk of its denoiser, which stays as it is."""
+    for seed in seeds:
+        pair = run_folder(task, "pair", seed)
+        flags = {
+            "pair": (),
+            "trunk": (
+                "--nets", "trunk", "--freeze-denoiser", pair, *TASKS[task].planner_flags.split(),
+            ),
+        }
+        for name in TRAININGS:
+            common.train(
+                TASKS[task].config, run_folder(task, name, seed), seed, *flags[name],
+                compiled="compile" in sys.argv,
+            )
+
+
+# Sampling
+
+
+class Setting(NamedTuple):
+    arm: Arm
+    calls: int
+    value: float            # of the dial
+    seed: int               # of the sampling noise
+
+    def key(self, folder: str) -> dict[str, Any]:
+        """Columns that tell its row from all others."""
+        own = dict(arm=self.arm.name, calls=self.calls, value=self.value, seed=self.seed)
+        return {"run": folder} | own
+
+
+def settings_of(task: str, training: str) -> list[Setting]:
+    arms = [arm for arm in ARMS if arm.training == training]
+    return [
+        Setting(arm, calls, value, seed)
+        for calls in TASKS[task].calls for arm in arms for value in arm.values
+        for seed in (CHOICE_SEED, REPORT_SEED)
+    ]
+
+
+def sample(task: str, seeds: list[int]) -> None:
+    for seed in seeds:
+        for training in TRAININGS:
+            sample_run(task, run_folder(task, training, seed), settings_of(task, training))
+
+
+def sample_run(task: str, folder: str, settings: list[Setting]) -> None:
+    """The rows of one run that are missing."""
+    if not common.is_started(folder):
+        print(f"{folder} is not trained yet")
+        return
+    table = table_of(task)
+    missing = [setting for setting in settings if not table.has(**setting.key(folder))]
+    if not missing:
+        return
+    judged = evaluate.Judged(folder, runtime.pick_device())
+    if judged.metrics.val and not table.has(arm=REAL):
+        real, _ = judged.metrics.val
+        table.add({"arm": REAL, "n": judged.metrics.n_val} | real)
+    for setting in missing:
+        row = sample_row(judged, TASKS[task], setting)
+        table.add(row | setting.key(folder))
+        x, y = TASKS[task].axes
+        print(f"{folder} {describe(setting)}: {x} {row[x]:.3f}, {y} {row[y]:.3f}", flush=True)
+
+
+def describe(setting: Setting) -> str:
+    arm, calls, value, seed = setting
+    return f"{arm.name} {calls} calls, {arm.dial} {value:g}, seed {seed}"
+
+
+def sample_row(judged: evaluate.Judged, task: Task, setting: Setting) -> dict[str, Any]:
+    """Scores of the samples of a setting, and their FLOPs."""
+    arm, calls, value, seed = setting
+    n = task.n_choice if seed == CHOICE_SEED else task.n_report
+    flags = evaluate.Flags(runs=(), n=n, **arm.options | {arm.dial: value})
+    [row] = evaluate.evaluate(judged, arm.sampler, calls, seed, flags, None)
+    return {"flops": flops_per_sample(judged, setting, flags)} | row
+
+
+def flops_per_sample(judged: evaluate.Judged, setting: Setting, flags: evaluate.Flags) -> int:
+    """Of all its network calls, each by the size of its network: counted by PyTorch while some
+    samples are drawn."""
+    [stage] = evaluate.plan_stages(setting.arm.sampler, judged, setting.calls, flags)
+    labels, _, tokens, known = judged.held_out(flags)
+    request = sampling.Request(stage.sampler, stage.options, setting.seed, labels, tokens, known)
+    n = min(N_COUNTED, len(labels))
+    with FlopCounterMode(display=False) as counter:
+        sampling.draw_batch(judged.run, request, range(n))
+    return round(counter.get_total_flops() / n)
+
+
+# Frontiers: points of a plane in which more is better
+
+Point = tuple[float, float]
+
+
+def harmonic_mean(point: Point) -> float:
+    """0 if a coordinate is."""
+    if min(point) <= 0:
+        return 0.0
+    return len(point) / sum(1 / value for value in point)
+
+
+def staircase(points: Iterable[Point]) -> list[Point]:
+    """The points that no other dominates, from left to right."""
+    steps = []
+    for point in sorted(set(points), reverse=True):     # from the right, the higher one first
+        if not steps or point[1] > steps[-1][1]:
+            steps.append(point)
+    return steps[::-1]
+
+
+def hypervolume(points: Iterable[Point]) -> float:
+    """The area that points dominate, from (0, 0)."""
+    area = left = 0.0
+    for x, y in staircase(points):
+        area += (x - left) * y
+        left = x
+    return area
+
+
+AXES = [(0.0, np.inf), (np.inf, 0.0)]       # what is worth nothing is reached by anyone
+
+
+def margin(point: Point, controls: Iterable[Point]) -> float:
+    """How far a point is outside of the controls' staircase, which ends at the axes; negative
+    inside.
+
+    So much it would have to lose in both coordinates to lie on the staircase: the additive epsilon
+    indicator.
+    """
+    return min(max(point[0] - x, point[1] - y) for x, y in [*controls, *AXES])
+
+
+def best_setting(scores: dict[float, float]) -> float:
+    """The value of the dial with the highest score, the first of equal ones."""
+    return max(scores, key=scores.get)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval by Student's t; NaN for one value."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), np.nan
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
+    return float(np.mean(values)), float(half)
+
+
+# Results
+
+
+class Curve(NamedTuple):
+    """Rows of an arm by the value of its dial, of one training seed and number of calls."""
+    choice: dict[float, dict[str, str]]
+    report: dict[float, dict[str, str]]
+
+
+class Result(NamedTuple):
+    """Of an arm, for one training seed and number of calls."""
+    value: float            # of the dial, chosen by the harmonic mean
+    row: dict[str, str]     # of the report at that value
+    harmonic_mean: float
+    hypervolume: float
+    margin: float           # at the value with the largest margin among the rows of the choice
+
+
+def curve_of(rows: common.Rows, task: str, arm: Arm, calls: int, seed: int) -> Curve | None:
+    """None where rows are missing."""
+    folder = run_folder(task, arm.training, seed)
+    splits = []
+    for sampling_seed in (CHOICE_SEED, REPORT_SEED):
+        keys = {value: Setting(arm, calls, value, sampling_seed).key(folder)
+                for value in arm.values}
+        found = {value: common.select(rows, **key) for value, key in keys.items()}
+        if not all(found.values()):
+            return None
+        splits.append({value: own[-1] for value, own in found.items()})
+    return Curve(*splits)
+
+
+def points_of(rows: dict[float, dict[str, str]], task: str) -> dict[float, Point]:
+    x, y = TASKS[task].axes
+    return {value: (float(row[x]), float(row[y])) for value, row in rows.items()}
+
+
+def results_of(rows: common.Rows, task: str, calls: int, seed: int) -> dict[str, Result]:
+    """{arm: Result} of the arms that are finished."""
+    curves = {arm.name: curve_of(rows, task, arm, calls, seed) for arm in ARMS}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    choice = {name: points_of(curve.choice, task) for name, curve in curves.items()}
+    report = {name: points_of(curve.report, task) for name, curve in curves.items()}
+    results = {}
+    for name, curve in curves.items():
+        scores = {value: harmonic_mean(point) for value, point in choice[name].items()}
+        value = best_setting(scores)
+        results[name] = Result(
+            value, curve.report[value], harmonic_mean(report[name][value]),
+            hypervolume(report[name].values()), margin_of(name, choice, report),
+        )
+    return results
+
+
+def margin_of(
+    name: str, choice: dict[str, dict[float, Point]], report: dict[str, dict[float, Point]],
+) -> float:
+    """Of an arm to the controls, of a control to the others: at the value that the choice favours;
+    NaN without controls."""
+    others = [arm.name for arm in ARMS if arm.is_control and arm.name != name]
+    others = [other for other in others if other in report]
+    if not others:
+        return np.nan
+
+    def margins(split):
+        controls = [point for other in others for point in split[other].values()]
+        return {value: margin(point, controls) for value, point in split[name].items()}
+
+    return margins(report)[best_setting(margins(choice))]
+
+
+# Table
+
+# Columns at the chosen setting, where rows have them: name, format
+COLUMNS = {
+    "judge_acc": ("judge accuracy", ".1%"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "valid": ("valid", ".1%"),
+    "shortest": ("shortest", ".1%"),
+    "frechet": ("Frechet", ".2f"),
+    "class_entropy": ("entropy in a class", ".2f"),
+}
+SUMMARIES = {
+    "harmonic_mean": "harmonic mean", "hypervolume": "area of frontier", "margin": "outside by"
+}
+
+
+def table(task: str, seeds: list[int]) -> None:
+    """Print the results of all arms that are finished."""
+    rows = table_of(task).rows()
+    columns = [name for name in COLUMNS if any(row.get(name) for row in rows)]
+    names = [COLUMNS[name][0] for name in columns]
+    print(
+        f"\n{task}: means over training seeds with 95 % intervals (Student's t); sampling seed "
+        f"{REPORT_SEED}, settings chosen on {CHOICE_SEED}\n"
+    )
+    common.print_header(
+        "calls", "arm", "seeds", "dial", *names, *SUMMARIES.values(), "MFLOP per sample"
+    )
+    if real := common.select(rows, arm=REAL):
+        print_real(real[0], task, columns)
+    for calls in TASKS[task].calls:
+        by_seed = [results_of(rows, task, calls, seed) for seed in seeds]
+        for arm in ARMS:
+            results = [results[arm.name] for results in by_seed if arm.name in results]
+            if results:
+                print_arm(arm, calls, results, columns)
+
+
+def print_real(row: dict[str, str], task: str, columns: list[str]) -> None:
+    cells = ["", REAL, "", "", *scores_of([row], columns)]
+    [point] = points_of({0.0: row}, task).values()
+    common.print_row([*cells, f"{harmonic_mean(point):.3f}", f"{hypervolume([point]):.3f}", "", ""])
+
+
+def print_arm(arm: Arm, calls: int, results: list[Result], columns: list[str]) -> None:
+    chosen = dict.fromkeys(f"{result.value:g}" for result in results)
+    rows = [result.row for result in results]
+    cells = [str(calls), arm.name, str(len(results)), f"{arm.dial} {', '.join(chosen)}"]
+    cells += scores_of(rows, columns)
+    for name in SUMMARIES:
+        mean, half = interval([getattr(result, name) for result in results])
+        sign = "+" if name == "margin" else ""
+        cells.append(f"{mean:{sign}.3f}" + f" ± {half:.3f}" * bool(half == half))
+    common.print_row([*cells, f"{common.mean(rows, 'flops') / 1e6:,.0f}"])
+
+
+def scores_of(rows: common.Rows, columns: list[str]) -> list[str]:
+    """Means over rows as texts."""
+    return [f"{common.mean(rows, name):{COLUMNS[name][1]}}" for name in columns]
+
+
+# Plot
+
+COLOURS = ("#d62728", "#1f5fd6", "#17a34a", "#c026d3", "#f08c00", "#0891b2", "#7c3aed", "#b45309")
+PLANNED_MARKERS = "oDs^vP"
+GREYS = ("0.30", "0.45", "0.60", "0.70", "0.78", "0.55")
+CONTROL_MARKERS = "x+12<>"
+PANEL_WIDTH = 3.1       # inches
+LEGEND_WIDTH = 2.7
+
+
+def plot(task: str, seeds: list[int]) -> None:
+    """The frontiers, means over training seeds, a panel for each number of calls."""
+    rows = table_of(task).rows()
+    all_calls = TASKS[task].calls
+    width = PANEL_WIDTH * len(all_calls) + LEGEND_WIDTH
+    figure, panels = common.open_figure(
+        1, len(all_calls), width=width, height=3.9, sharex=True, sharey=True, squeeze=False
+    )
+    styles = styles_of(ARMS)
+    handles = {}
+    for calls, panel in zip(all_calls, panels[0], strict=True):
+        means = {arm.name: mean_points(rows, task, arm, calls, seeds) for arm in ARMS}
+        controls = [point for arm in ARMS if arm.is_control for point in means[arm.name]]
+        if controls:
+            handles["reach of the controls"] = draw_reach(panel, controls)
+        for arm in ARMS:
+            if means[arm.name]:
+                [handles[arm.name]] = panel.plot(*zip(*means[arm.name], strict=True),
+                                                 **styles[arm.name])
+        if real := common.select(rows, arm=REAL):
+            [point] = points_of({0.0: real[0]}, task).values()
+            [handles[REAL]] = panel.plot(*point, "*", color="black", markersize=12)
+        panel.set_title(f"{calls} network calls")
+        panel.set_xlabel(TASKS[task].axes[0])
+        panel.grid(alpha=0.2)
+    panels[0][0].set_ylabel(TASKS[task].axes[1])
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside right upper", fontsize=10, frameon=False
+    )
+    common.save_figure(figure, f"frontiers_{task}.png")
+
+
+def styles_of(arms: list[Arm]) -> dict[str, dict[str, Any]]:
+    """Saturated colours for planned arms, which are drawn above the controls' greys."""
+    styles = {}
+    planned = [arm.name for arm in arms if not arm.is_control]
+    for i, name in enumerate(planned):
+        styles[name] = dict(
+            color=COLOURS[i % len(COLOURS)], marker=PLANNED_MARKERS[i % len(PLANNED_MARKERS)],
+            markersize=5, linewidth=1.6, zorder=3,
+        )
+    controls = [arm.name for arm in arms if arm.is_control]
+    for i, name in enumerate(controls):
+        styles[name] = dict(
+            color=GREYS[i % len(GREYS)], marker=CONTROL_MARKERS[i % len(CONTROL_MARKERS)],
+            markersize=7, linewidth=1, zorder=2,
+        )
+    return styles
+
+
+def mean_points(
+    rows: common.Rows, task: str, arm: Arm, calls: int, seeds: list[int],
+) -> list[Point]:
+    """Of the report, by the value of the dial; none where no seed is finished."""
+    curves = [curve_of(rows, task, arm, calls, seed) for seed in seeds]
+    by_seed = [points_of(curve.report, task) for curve in curves if curve]
+    if not by_seed:
+        return []
+    return [tuple(np.mean([points[value] for points in by_seed], 0)) for value in arm.values]
+
+
+def draw_reach(panel, points: list[Point]):
+    """Shade what points dominate.  -> what stands for it in a legend"""
+    steps = staircase(points)
+    x = [0, *[x for x, _ in steps]]
+    y = [steps[0][1], *[y for _, y in steps]]
+    return panel.fill_between(x, y, step="pre", color="0.93", zorder=0)
+
+
+if __name__ == "__main__":
+    steps = {"train": train, "sample": sample, "table": table, "plot": plot}
+    words = common.read_words(__doc__, *steps, "exact", *TASKS, "compile")
+    seeds = common.read_numbers() or SEEDS
+    chosen = common.choose(words, (*steps, "exact"))
+    for task in common.choose(words, TASKS):
+        for step in chosen:
+            if step in steps:
+                steps[step](task, seeds)
+    if "exact" in chosen:
+        exact.table()

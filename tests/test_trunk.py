@@ -1,0 +1,333 @@
+"""A planner on the denoiser's trunk: --nets trunk, --freeze-denoiser, and the sampler `planned`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import refusal, tiny_config
+from test_samplers import any_level, no_label
+from test_train import assert_same, checkpoint_of, log_of
+from world import Oracle, dense, tiny_spec
+
+import config
+import methods
+import model
+import train_ddpd
+from diffusion import objectives
+from diffusion.samplers import last, planned, remdm, shared_out
+from support import training
+from support.checkpoint import digest, load_run
+
+CPU = torch.device("cpu")
+V = 7
+N_LAW = 100_000
+
+
+def tiny(out, *flags):
+    return tiny_config(out, "--dtype", "float32", *flags)
+
+
+def both_of(denoiser, plan_logits):
+    """A net that is both: plan_logits(x, label) of the planner."""
+    def net(x, t, label):
+        return denoiser(x, t, label), plan_logits(x, label)
+    return net
+
+
+def zeros(vocab):
+    return lambda x, t, label: torch.zeros(*x.shape, vocab)
+
+
+# Which tokens are masked again
+
+
+def test_shares_are_in_proportion_to_the_odds():
+    """Odds 1, 2 and 3 of three visible tokens, .2 on average: .1, .2 and .3."""
+    logits = torch.tensor([[1.0, 2.0, 3.0, 9.0]]).log()
+    is_visible = torch.tensor([[True, True, True, False]])
+    sigma = shared_out(0.2, logits, is_visible, trust=1.0)
+    torch.testing.assert_close(sigma, torch.tensor([[0.1, 0.2, 0.3, 0.0]]).double())
+    squared = shared_out(0.2, logits, is_visible, trust=2.0)
+    torch.testing.assert_close(squared, 0.6 / 14 * torch.tensor([[1.0, 4.0, 9.0, 0.0]]).double())
+
+
+def test_what_would_be_above_one_is_shared_among_the_others():
+    """Odds 1, 1, 2 and 20 with a mean of .5: 2 to be masked, one of them for sure."""
+    logits = torch.tensor([[1.0, 1.0, 2.0, 20.0]]).log()
+    sigma = shared_out(0.5, logits, torch.ones(1, 4, dtype=torch.bool), trust=1.0)
+    torch.testing.assert_close(sigma, torch.tensor([[0.25, 0.25, 0.5, 1.0]]).double())
+
+
+@pytest.mark.parametrize("mean_sigma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("trust", [0.0, 1.0, 5.0])
+def test_shares_have_the_mean_asked_for(mean_sigma, trust, rng):
+    logits = 4 * torch.randn(200, 12, generator=rng)
+    logits[0] = torch.inf                                   # an oracle's
+    is_visible = torch.rand(200, 12, generator=rng) < 0.6
+    is_visible[1] = False
+    sigma = shared_out(mean_sigma, logits, is_visible, trust)
+    assert sigma.min() >= 0 and sigma.max() <= 1
+    assert (sigma[~is_visible] == 0).all()
+    n_visible = is_visible.sum(1).double()
+    torch.testing.assert_close(sigma.sum(1), mean_sigma * n_visible, atol=1e-6, rtol=1e-6)
+
+
+# Planned remasking
+
+
+@pytest.mark.parametrize("trust, plan", [(0.0, torch.randn), (1.0, torch.zeros)])
+def test_a_planner_that_knows_nothing_leaves_remdm(trust, plan, rng):
+    """The same samples, token by token: one that is not trusted, or says the same of all."""
+    def denoiser(x, t, label, sites=None):
+        logits = torch.arange(5.0).expand(*x.shape, 5)
+        return logits if sites is None else logits[:, :sites.shape[1]]
+
+    x = torch.full((20, 9), 5)
+    options = dict(n_steps=6, eta=0.7)
+    net = both_of(denoiser, lambda x, label: plan(x.shape))
+    mine = last(planned(
+        net, x, no_label(20), trust=trust, generator=torch.Generator().manual_seed(3), **options
+    ))
+    theirs = last(remdm(
+        denoiser, x, no_label(20), remask="rescale", generator=torch.Generator().manual_seed(3),
+        **options,
+    ))
+    assert torch.equal(mine.x, theirs.x)
+    assert (mine.nfe == 6).all()
+
+
+def test_without_trust_it_has_the_law_of_the_data(rng):
+    world = dense().under("mask")
+    net = both_of(any_level(world), lambda x, label: x.float())
+    x = world.noise.sample_prior((N_LAW, 3), rng)
+    n_remasked = 0
+    options = dict(n_steps=32, generator=rng, trust=0.0, eta=0.3)
+    for state in planned(net, x, no_label(N_LAW), **options):
+        n_remasked += (state.written & (state.x == 3)).sum().item()
+    assert world.distance(state.x) < 0.02
+    assert n_remasked > N_LAW / 2
+
+
+def test_an_oracle_finds_mistakes_in_fewer_steps(rng):
+    """A denoiser that is wrong one time in two: where wrong tokens are masked again only those of
+    the last steps are left, where random ones are, half of all."""
+    x0 = torch.randint(V, (200, 16), generator=rng)
+    oracle = Oracle(x0, V)
+
+    def denoiser(x, t, label):
+        right = F.one_hot(x0[label], V)
+        return (0.5 * right + 0.5 / V).log()
+
+    def share_wrong(trust, n_steps):
+        net = both_of(denoiser, lambda x, label: oracle.planner(x, None, label))
+        x = torch.full((200, 16), V)
+        options = dict(n_steps=n_steps, generator=rng, trust=trust)
+        final = last(planned(net, x, torch.arange(200), **options))
+        return (final.x != x0).float().mean().item()
+
+    assert share_wrong(0.0, 32) == pytest.approx(0.5 * (1 - 1 / V), abs=0.03)
+    assert share_wrong(1.0, 32) < 0.12     # what the last steps wrote
+    assert share_wrong(1.0, 8) < 0.6 * share_wrong(0.0, 8)
+
+
+def test_p_noise_is_one_at_masks_and_the_planners_elsewhere(rng):
+    known = torch.zeros(3, 6, dtype=torch.bool)
+    known[:, 0] = True
+    x = torch.where(known, 2, 5)
+    net = both_of(zeros(5), lambda x, label: torch.ones(x.shape))
+    before = x
+    for state in planned(net, x, no_label(3), n_steps=4, generator=rng, vocab=5, known=known):
+        p_planner = torch.tensor(1.0).sigmoid()
+        expected = torch.where(before == 5, 1.0, p_planner).masked_fill(known, 0.0)
+        torch.testing.assert_close(state.p_noise, expected)
+        assert (state.x[known] == 2).all()
+        before = state.x
+    assert (state.x < 5).all()
+
+
+def test_guidance_doubles_the_calls_and_leaves_the_planner_its_label(rng):
+    """A denoiser that says the label, or nothing without one."""
+    asked = []
+
+    def net(x, t, label):
+        asked.append(len(x))
+        logits = F.one_hot(label, 5).float()[:, None].expand(*x.shape, 5)
+        return logits, label[:, None].float().expand(x.shape)
+
+    label = torch.arange(4)
+    x = torch.full((4, 300), 5)
+    options = dict(n_steps=3, generator=rng, guidance=20.0, null_label=4)
+    state = last(planned(net, x, label, **options))
+    assert asked == [8, 8, 8] and (state.nfe == 6).all()
+    assert (state.x == label[:, None]).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("bad, name", [
+    (dict(eta=-1.0), "eta"), (dict(trust=-1.0), "trust"), (dict(n_steps=0), "n_steps"),
+    (dict(x=torch.zeros(1, 3).long()), "start from masks"),
+])
+def test_arguments_that_mean_nothing_are_refused_by_name(bad, name, rng):
+    options = dict(x=torch.full((1, 3), 5), n_steps=2, generator=rng, vocab=5) | bad
+    net = both_of(zeros(5), lambda x, label: x.float())
+    with pytest.raises(ValueError, match=name):
+        last(planned(net, label=no_label(1), **options))
+
+
+# The network
+
+
+@pytest.mark.parametrize("grid, patch", [((4, 4), 1), ((4, 4), 2)])
+def test_both_in_one_pass_are_each_alone(grid, patch, monkeypatch):
+    spec = tiny_spec("ddpd-trunk", grid, n_layer=2, patch=patch)
+    nets = methods.build(spec)
+    for net in nets.values():
+        for weight in net.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+    x = torch.randint(V + 1, (3, 16))
+    t, label = torch.full((3, 1), 0.5), torch.arange(3)
+    n_passes = []
+    residual = model.Transformer.residual
+
+    def counted(self, *args, **options):
+        n_passes.append(self.role)
+        return residual(self, *args, **options)
+
+    monkeypatch.setattr(model.Transformer, "residual", counted)
+    tokens, plan = nets["planner"].both(x, t, label)
+    assert n_passes == ["denoiser", "planner"]
+    torch.testing.assert_close(tokens, nets["denoiser"](x, t, label))
+    torch.testing.assert_close(plan, nets["planner"](x, t, label))
+    assert plan.std() > 0
+
+
+def test_the_planner_owns_its_blocks_alone():
+    """It neither saves nor trains the trunk, and has as many blocks as asked for."""
+    nets = methods.build(tiny_spec("ddpd-trunk", n_layer=3, planner_layers=1))
+    assert len(nets["planner"].blocks) == 1 and len(nets["denoiser"].blocks) == 3
+    mine = {id(p) for p in nets["planner"].parameters()}
+    assert not mine & {id(p) for p in nets["denoiser"].parameters()}
+    x, t, label = torch.zeros(2, 16).long(), torch.ones(2, 1), torch.zeros(2).long()
+    nets["planner"](x, t, label).sum().backward()
+    assert all(p.grad is None for p in nets["denoiser"].parameters())
+
+
+# What it learns
+
+
+def test_labels_of_fills():
+    """Token 0 was kept, 1 filled with x0, 2 filled wrongly, 3 is a mask still, 4 is known."""
+    x0 = torch.tensor([[1, 2, 3, 4, 5]])
+    fill = objectives.Fill(
+        torch.tensor([[1, 2, 0, V, 5]]), torch.tensor([[False, True, True, False, False]])
+    )
+    known = torch.tensor([[False, False, False, False, True]])
+    t, label = torch.ones(1, 1), torch.zeros(1).long()
+    for kind, targets in (("differs", [0, 0, 1]), ("written", [0, 1, 1])):
+        task = objectives.fill_task(x0, t, label, fill, kind, V, known)
+        assert task.sites.tolist() == [0, 1, 2]
+        assert task.target.tolist() == targets
+        assert torch.equal(task.xt, fill.x)
+
+
+def test_fills_stop_on_the_way(rng):
+    """A planner that is asked beside masks learns beside masks: in some batches they are left."""
+    spec = tiny_spec("ddpd-trunk", vocab=V)
+    x0 = torch.randint(V, (64, 16), generator=rng)
+    t, label = torch.full((64, 1), 0.8), torch.zeros(64).long()
+    shares = []
+    for _ in range(40):
+        fill = methods.fill_masks(
+            spec, lambda x, t, label, sites: torch.zeros(*sites.shape, V), x0, t, label, None, rng,
+            CPU, to_the_end=False,
+        )
+        assert not (fill.is_written & (fill.x == V)).any()
+        assert torch.equal(fill.x[~fill.is_written & (fill.x != V)],
+                           x0[~fill.is_written & (fill.x != V)])
+        shares.append((fill.x == V).float().mean().item())
+    assert min(shares) == 0.0 and max(shares) == pytest.approx(0.6, abs=0.05)
+
+
+def test_the_denoiser_learns_as_if_there_were_no_planner():
+    """No gradient reaches it: the same to the bit, whether the planner learns or not."""
+    states = {}
+    for lr in (0.0, 1e-2):
+        name = f"lr{lr}"
+        train_ddpd.main(tiny(name, "--nets", "trunk", "--max-iters", 6, "--planner-lr", lr))
+        states[lr] = checkpoint_of(name)
+    for part in ("nets", "ema", "optimizers"):
+        still, learning = states[0.0][part], states[1e-2][part]
+        assert digest(still["denoiser"]) == digest(learning["denoiser"])
+        assert digest(still["planner"]) != digest(learning["planner"])
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped():
+    args = ["--nets", "trunk", "--max-iters", 8, "--lr-decay-iters", 8]
+    train_ddpd.main(tiny("whole", *args))
+    train_ddpd.main(tiny("parts", *args, "--max-iters", 3))
+    train_ddpd.main(tiny("parts", *args))
+    assert_same(checkpoint_of("whole"), checkpoint_of("parts"))
+
+
+def test_validation_asks_about_fills():
+    """An untrained planner has ln 2 on them."""
+    train_ddpd.main(tiny("fills", "--nets", "trunk", "--max-iters", 1, "--planner-lr", 0))
+    [row] = [row for row in log_of("fills") if "val_planner_bce" in row]
+    assert row["val_planner_bce"] == pytest.approx(0.6931, abs=1e-3)
+    assert "val_planner_fill_bce" not in row
+
+
+# A frozen denoiser
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("trunk", ("--nets", "trunk")), ("pair", ("--on-policy", 0.5)),
+])
+def test_a_frozen_denoiser_does_not_move_by_a_bit(name, flags):
+    train_ddpd.main(tiny("first", "--max-iters", 4))
+    first = checkpoint_of("first")["ema"]["denoiser"]
+    args = [*flags, "--freeze-denoiser", "out/first", "--max-iters", 6, "--lr-decay-iters", 6]
+    train_ddpd.main(tiny(name, *args))
+    second = checkpoint_of(name)
+    for part in ("nets", "ema"):
+        assert digest(second[part]["denoiser"]) == digest(first)
+    assert digest(second["nets"]["planner"]) != digest(second["ema"]["planner"])
+    assert not any("denoiser_loss" in row for row in log_of(name))
+    train_ddpd.main(tiny(f"{name}_parts", *args, "--max-iters", 3))
+    train_ddpd.main(tiny(f"{name}_parts", *args))
+    assert_same(second, checkpoint_of(f"{name}_parts"))
+
+
+def test_a_planner_learns_on_the_denoiser_that_it_is_sampled_with():
+    train_ddpd.main(tiny("first", "--max-iters", 4))
+    cfg = tiny("second", "--nets", "trunk", "--freeze-denoiser", "out/first")
+    spec, _ = training.open_data(cfg)
+    state = training.build_training(cfg, spec, None, CPU)
+    assert state.trained == ["planner"]
+    assert state.nets["planner"].trunk_of == (state.ema["denoiser"],)
+    assert state.ema["planner"].trunk_of == (state.ema["denoiser"],)
+    train_ddpd.main(tiny("second", "--nets", "trunk", "--freeze-denoiser", "out/first",
+                         "--max-iters", 2))
+    run = load_run("out/second")
+    assert run.nets["planner"].trunk_of == (run.nets["denoiser"],)
+
+
+def test_misfits_are_refused_by_name():
+    train_ddpd.main(tiny("first", "--max-iters", 4))
+    train_ddpd.main(tiny("uniform", "--max-iters", 1, "--denoiser-process", "uniform"))
+    trunk = ["--nets", "trunk", "--freeze-denoiser"]
+    said = refusal(train_ddpd.main, tiny("a", *trunk, "out/first", "--n-layer", 2))
+    assert "--freeze-denoiser out/first has n_layer 1" in said
+    said = refusal(train_ddpd.main, tiny("b", *trunk, "out/uniform"))
+    assert "ddpd-uniform run, whose denoiser is not one of masks" in said
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--nets", "trunk", "--denoiser-process", "uniform"], "nets = trunk needs denoiser_process"),
+    (["--nets", "trunk", "--on-policy", "0.5"], "on_policy = 0.5 needs nets = pair"),
+    (["--planner-layers", "3"], "planner_layers = 3 needs nets = trunk"),
+    (["--fill-label", "written"], "fill_label = written needs fills"),
+    (["--freeze-denoiser", "x", "--denoiser-process", "uniform"], "freeze_denoiser needs"),
+    (["--freeze-denoiser", "x", "--init-from", "y"], "give one"),
+    (["--method", "gidd", "--freeze-denoiser", "x"], "freeze_denoiser"),
+])
+def test_flags_that_do_not_fit(flags, message):
+    assert message in refusal(config.load, argv=flags)
