@@ -228,7 +228,7 @@ class PlanFlags:
 
 @dataclass(frozen=True)
 class MaskFlags:
-    """Samplers of a mask denoiser: confidence (MaskGIT), remdm and p2 (path planning)."""
+    """Samplers of a mask denoiser: confidence (MaskGIT), remdm, p2 (path planning), planned."""
     # confidence: keep the most confident tokens (default), or random ones
     order: Literal["confidence", "random"] | None = None
     noise: float | None = None              # confidence: Gumbel noise on the log-probability; 4.5
@@ -236,8 +236,9 @@ class MaskFlags:
     # remdm: which tokens are masked again; confidence is the default
     remask: Literal["confidence", "rescale", "cap"] | None = None
     # remdm: how much of what may be masked again is; 1 for confidence, else 0.2.
-    # p2: how readily visible tokens are masked again; 1, 0: never
+    # p2: how readily visible tokens are masked again; 1, 0: never.  planned: as remdm; 1
     eta: float | None = None
+    trust: float | None = None              # planned: power of the odds of being wrong; 1, 0: remdm
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class SamplerFlags(DecodingFlags, RolloutFlags, MaskFlags, PlanFlags):
 
     GROUPS: typing.ClassVar = {
         "ddpd": PlanFlags,
-        "confidence_remdm_and_p2": MaskFlags,
+        "samplers_of_masks": MaskFlags,
         "rollout": RolloutFlags,
         "decoding": DecodingFlags,
     }

@@ -1,8 +1,9 @@
 """The law of each sampler with exact networks: the part of its error that is its own.
 
 The world is all sequences of 8 binary tokens with at most two changes between neighbours: 58 of
-256. The denoiser's posteriors are exact, and so are the planner's, which like a trained one sees
-uniform noise and is not told its level.
+256. The denoiser's posteriors are exact, and so are those of the planner of uniform noise, which
+like a trained one is not told its level. The planner on the denoiser's trunk counts what it is to
+learn in millions of fills by that denoiser.
 """
 
 import math
@@ -18,6 +19,7 @@ import evaluate
 import methods
 from diffusion import samplers
 from diffusion.decoding import State
+from diffusion.processes import stratified_t
 from support import runtime
 
 sys.path.insert(0, str(common.ROOT / "tests"))
@@ -30,12 +32,16 @@ MOST_CHANGES = 2
 CHANGE_FACTOR = 0.3     # a sequence with one more change has this share of the probability
 N_LEVELS = 4000         # noise levels over which the planner averages
 N_SAMPLES = 100_000
+N_FILLS = 4_000_000     # that the planner on the trunk counts
+FILLS_AT_ONCE = 200_000
+N_PRIOR = 4             # fills with the mean share of wrong tokens, added to those of each state
 STEPS = (2, 4, 8)
 
 
 class Row(NamedTuple):
     sampler: str
     options: dict[str, Any]
+    planner: str = "uniform"    # what it has learned: noise, or a label of fills
 
 
 ROWS = {
@@ -45,12 +51,17 @@ ROWS = {
     "MaskGIT, noise 4.5": Row("confidence", {}),
     "MaskGIT, noise 0": Row("confidence", dict(noise=0.0)),
     "ReMDM, rescaled, eta .2": Row("remdm", dict(remask="rescale")),
+    "ReMDM, rescaled, eta 1": Row("remdm", dict(remask="rescale", eta=1.0)),
     "ReMDM, capped, eta .2": Row("remdm", dict(remask="cap")),
     "ReMDM, confidence": Row("remdm", {}),
     "p2": Row("p2", {}),
     "p2, eta 0": Row("p2", dict(eta=0.0)),
     "ddpd": Row("ddpd", {}),
     "ddpd, leap": Row("ddpd", dict(schedule="leap")),
+    "planned, differs": Row("planned", {}, "differs"),
+    "planned, written": Row("planned", {}, "written"),
+    "planned, differs, eta .2": Row("planned", dict(eta=0.2), "differs"),
+    "planned, written, eta .2": Row("planned", dict(eta=0.2), "written"),
 }
 
 
@@ -67,18 +78,37 @@ def make_world() -> World:
 
 
 class Lookup:
-    """A network that is not told t, run once on all sequences of tokens and masks."""
+    """A network that is not told t: what it says of every sequence of tokens and masks."""
 
-    def __init__(self, net: Callable):
-        n_ids = VOCAB + 1
-        states = torch.cartesian_prod(*[torch.arange(n_ids)] * N_TOKENS)
-        label = torch.zeros(len(states), dtype=torch.long)
-        self.place_value = n_ids ** torch.arange(N_TOKENS - 1, -1, -1)
-        self.out = net(states, torch.full((len(states), 1), 0.5), label)
+    def __init__(self, out: Tensor):
+        self.out = out
 
     def __call__(self, x, t, label, sites=None):
-        out = self.out[(x * self.place_value).sum(1)]
+        out = self.out[index_of(x)]
         return out if sites is None else at_sites(out, sites)
+
+    @classmethod
+    def of(cls, net: Callable) -> "Lookup":
+        states = torch.cartesian_prod(*[torch.arange(VOCAB + 1)] * N_TOKENS)
+        label = torch.zeros(len(states), dtype=torch.long)
+        return cls(net(states, torch.full((len(states), 1), 0.5), label))
+
+
+def index_of(x: Tensor) -> Tensor:
+    """Place of a sequence of tokens and masks among all of them.  (B, N) -> (B,)"""
+    return (x * (VOCAB + 1) ** torch.arange(N_TOKENS - 1, -1, -1)).sum(1)
+
+
+class OnTrunk(NamedTuple):
+    """As model.TrunkPlanner."""
+    denoiser: Lookup
+    planner: Lookup
+
+    def __call__(self, x, t, label):
+        return self.planner(x, t, label)
+
+    def both(self, x, t, label):
+        return self.denoiser(x, t, label), self.planner(x, t, label)
 
 
 def blind_planner(world: World) -> Callable:
@@ -106,11 +136,41 @@ def blind_planner(world: World) -> Callable:
     return planner
 
 
+def spec_of(method: str) -> methods.Spec:
+    return tiny_spec(method, grid=(N_TOKENS,), vocab=VOCAB, n_classes=0)
+
+
+def planners_of_fills(world: World, denoiser: Lookup) -> dict[str, OnTrunk]:
+    """{label of fills: planner}: the share of fills like x in which a visible token is wrong."""
+    spec = spec_of("ddpd-trunk")
+    n_states = (VOCAB + 1) ** N_TOKENS
+    n_seen = torch.zeros(n_states, 1)
+    n_wrong = {kind: torch.zeros(n_states, N_TOKENS) for kind in ("differs", "written")}
+    for i in range(N_FILLS // FILLS_AT_ONCE):
+        rng = runtime.generator("exact fills", i)
+        x0 = world.sample(FILLS_AT_ONCE, rng)
+        t = stratified_t(len(x0), rng)
+        label = torch.zeros(len(x0), dtype=torch.long)
+        fill = methods.fill_masks(
+            spec, denoiser, x0, t, label, None, rng, x0.device, to_the_end=False
+        )
+        state = index_of(fill.x)
+        n_seen.index_add_(0, state, torch.ones(len(x0), 1))
+        for kind, count in n_wrong.items():
+            count.index_add_(0, state, fill.wrong(x0, kind).float())
+    planners = {}
+    for kind, count in n_wrong.items():
+        prior = count.sum() / (N_TOKENS * n_seen.sum())
+        share = (count + N_PRIOR * prior) / (n_seen + N_PRIOR)
+        planners[kind] = OnTrunk(denoiser, Lookup(torch.logit(share)))
+    return planners
+
+
 def exact_networks(world: World) -> dict[str, Callable]:
-    return {
-        "planner": Lookup(blind_planner(world)),
-        "denoiser": Lookup(world.under("mask").denoiser),
-    }
+    """The denoiser, and planners by what they have learned."""
+    denoiser = Lookup.of(world.under("mask").denoiser)
+    planners = {"uniform": Lookup.of(blind_planner(world))} | planners_of_fills(world, denoiser)
+    return {"denoiser": denoiser} | planners
 
 
 # Table
@@ -118,9 +178,10 @@ def exact_networks(world: World) -> dict[str, Callable]:
 
 def draw(nets: dict[str, Callable], row: Row, n_steps: int, n: int, seed: int = 0) -> State:
     """n samples of a row of the table."""
-    spec = tiny_spec("ddpd-mask", grid=(N_TOKENS,), vocab=VOCAB, n_classes=0)
+    spec = spec_of("ddpd-mask" if row.planner == "uniform" else "ddpd-trunk")
+    own = {"denoiser": nets["denoiser"], "planner": nets[row.planner]}
     states = methods.sample(
-        spec, nets, torch.zeros(n, dtype=torch.long), n_steps=n_steps, sampler=row.sampler,
+        spec, own, torch.zeros(n, dtype=torch.long), n_steps=n_steps, sampler=row.sampler,
         generator=torch.Generator().manual_seed(seed), **row.options,
     )
     return samplers.last(states)
