@@ -3,7 +3,7 @@
 The world is all sequences of 8 binary tokens with at most two changes between neighbours: 58 of
 256. The denoiser's posteriors are exact, and so are those of the planner of uniform noise, which
 like a trained one is not told its level. The planner on the denoiser's trunk counts what it is to
-learn in millions of fills by that denoiser.
+learn in a million fills by that denoiser.
 """
 
 import math
@@ -32,8 +32,8 @@ MOST_CHANGES = 2
 CHANGE_FACTOR = 0.3     # a sequence with one more change has this share of the probability
 N_LEVELS = 4000         # noise levels over which the planner averages
 N_SAMPLES = 100_000
-N_FILLS = 4_000_000     # that the planner on the trunk counts
-FILLS_AT_ONCE = 200_000
+N_FILLS = 1_000_000     # that the planner on the trunk counts
+FILLS_AT_ONCE = 10_000  # in as many steps each
 N_PRIOR = 4             # fills with the mean share of wrong tokens, added to those of each state
 STEPS = (2, 4, 8)
 
