@@ -58,7 +58,7 @@ TASKS = {
     ),
     "mazes": Task(
         "maze_ddpd", "out/frontiers/maze_{seed}", "--max-iters 1500",
-        ("valid", "shortest"), calls=(8, 16, 32),
+        ("valid", "shortest"),
     ),
 }
 # The first is a task's own; runs of the others have its folder with "_NAME"
