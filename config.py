@@ -236,7 +236,7 @@ class MaskFlags:
     # remdm: which tokens are masked again; confidence is the default
     remask: Literal["confidence", "rescale", "cap"] | None = None
     # remdm: how much of what may be masked again is; 1 for confidence, else 0.2.
-    # p2: how readily visible tokens are masked again; 1, 0: never.  planned: as remdm; 1
+    # p2: how readily visible tokens are masked again; 1, 0: never. planned: as remdm; 1
     eta: float | None = None
     trust: float | None = None              # planned: power of the odds of being wrong; 1, 0: remdm
 
