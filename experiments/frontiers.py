@@ -75,7 +75,7 @@ class Arm(NamedTuple):
     is_control: bool = False
 
 
-TEMPERATURES = (1.0, 0.8, 0.6)
+TEMPERATURES = (1.0, 0.8, 0.6, 0.4)
 ALL = dict(remask="rescale", eta=1.0)
 ARMS = [
     Arm("ancestral", "ancestral", "temperature", TEMPERATURES, is_control=True),
