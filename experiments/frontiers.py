@@ -39,8 +39,8 @@ REAL = "held-out data"
 
 class Task(NamedTuple):
     config: str
+    trunk_config: str       # of the planner on its denoiser's trunk
     folder: str             # of a run, by its seed
-    planner_flags: str      # of the training of the planner on the trunk
     axes: tuple[str, str]   # columns of the plane in which frontiers lie, more is better
     calls: tuple[int, ...] = (8, 16)
     n_report: int = 500
@@ -50,15 +50,12 @@ class Task(NamedTuple):
 PICTURE_AXES = ("recall", "precision")
 TASKS = {
     "digits": Task(
-        "digits", "out/frontiers/digits_{seed}", "--max-iters 800", PICTURE_AXES,
+        "digits", "digits_trunk", "out/frontiers/digits_{seed}", PICTURE_AXES,
         n_report=2000, n_choice=500,
     ),
-    "avatars": Task(
-        "avatars", "out/frontiers/avatars_{seed}", "--max-iters 1500 --batch-size 32", PICTURE_AXES
-    ),
+    "avatars": Task("avatars", "avatars_trunk", "out/frontiers/avatars_{seed}", PICTURE_AXES),
     "mazes": Task(
-        "maze_ddpd", "out/frontiers/maze_{seed}", "--max-iters 1500",
-        ("valid", "shortest"),
+        "maze_ddpd", "maze_trunk", "out/frontiers/maze_{seed}", ("valid", "shortest")
     ),
 }
 # The first is a task's own; runs of the others have its folder with "_NAME"
@@ -104,18 +101,13 @@ def table_of(task: str) -> common.Table:
 def train(task: str, seeds: list[int]) -> None:
     """The pair, and a planner on the trunk of its denoiser, which stays as it is."""
     for seed in seeds:
+        is_compiled = "compile" in sys.argv
         pair = run_folder(task, "pair", seed)
-        flags = {
-            "pair": (),
-            "trunk": (
-                "--nets", "trunk", "--freeze-denoiser", pair, *TASKS[task].planner_flags.split(),
-            ),
-        }
-        for name in TRAININGS:
-            common.train(
-                TASKS[task].config, run_folder(task, name, seed), seed, *flags[name],
-                compiled="compile" in sys.argv,
-            )
+        common.train(TASKS[task].config, pair, seed, compiled=is_compiled)
+        common.train(
+            TASKS[task].trunk_config, run_folder(task, "trunk", seed), seed,
+            "--freeze-denoiser", pair, compiled=is_compiled,
+        )
 
 
 # Sampling

@@ -154,7 +154,7 @@ def test_a_tiny_task_from_training_to_plot(monkeypatch, tmp_path, capsys):
     """Rows of all settings on both splits, FLOPs by the networks' sizes; nothing is drawn twice."""
     folder = "out/frontiers_{seed}"
     axes = frontiers.PICTURE_AXES
-    task = Task("digits", folder, "", axes, calls=(2,), n_report=20, n_choice=12)
+    task = Task("digits", "", folder, axes, calls=(2,), n_report=20, n_choice=12)
     monkeypatch.setitem(frontiers.TASKS, "digits", task)
     monkeypatch.setattr(frontiers, "ARMS", [PLAIN, PLANNED])
     monkeypatch.setattr(frontiers.common, "ASSETS", tmp_path)
@@ -185,7 +185,7 @@ def test_mazes_are_judged_by_their_paths(monkeypatch, tmp_path, capsys):
     """Held-out mazes with their walls given, which have no scores of real data."""
     for name, size in {"N_TRAIN": 40, "N_VAL": 20}.items():
         monkeypatch.setattr(maze, name, size)
-    task = Task("maze_ddpd", "out/mazes_{seed}", "", ("valid", "shortest"), (4,), 10, 6)
+    task = Task("maze_ddpd", "", "out/mazes_{seed}", ("valid", "shortest"), (4,), 10, 6)
     monkeypatch.setitem(frontiers.TASKS, "mazes", task)
     monkeypatch.setattr(frontiers, "ARMS", [PLAIN, PLANNED])
     monkeypatch.setattr(frontiers.common, "ASSETS", tmp_path)
