@@ -72,7 +72,7 @@ class Arm(NamedTuple):
     is_control: bool = False
 
 
-TEMPERATURES = (1.0, 0.8, 0.6, 0.4)
+TEMPERATURES = (1.0, 0.8, 0.6)
 ALL = dict(remask="rescale", eta=1.0)
 ARMS = [
     Arm("ancestral", "ancestral", "temperature", TEMPERATURES, is_control=True),
@@ -81,8 +81,8 @@ ARMS = [
     Arm("ReMDM, eta", "remdm", "eta", (0.2, 0.5), dict(remask="rescale"), is_control=True),
     Arm("ReMDM, confidence", "remdm", "temperature", TEMPERATURES, is_control=True),
     Arm("ddpd", "ddpd", "temperature", (1.0, 0.7)),
-    Arm("p2", "p2", "temperature", (1.3, 1.0, 0.7)),
-    Arm("p2 on the trunk", "p2", "temperature", (1.3, 1.0, 0.7), training="trunk"),
+    Arm("p2", "p2", "temperature", (1.3, 1.0)),
+    Arm("p2 on the trunk", "p2", "temperature", (1.3, 1.0), training="trunk"),
     Arm("planned", "planned", "temperature", TEMPERATURES, training="trunk"),
     Arm("planned, trust", "planned", "trust", (0.5, 2.0), training="trunk"),
 ]
