@@ -229,9 +229,11 @@ class PlanFlags:
 @dataclass(frozen=True)
 class MaskFlags:
     """Samplers of a mask denoiser: confidence (MaskGIT), remdm, p2 (path planning), planned."""
-    # confidence: keep the most confident tokens (default), or random ones
+    # confidence: keep the most confident tokens (default), or random ones.
+    # planned: uncover random masks (default), or the most confident draws
     order: Literal["confidence", "random"] | None = None
-    noise: float | None = None              # confidence: Gumbel noise on the log-probability; 4.5
+    # confidence, planned: Gumbel noise on the log-probability; 4.5
+    noise: float | None = None
     temperature_end: float | None = None    # confidence: where the temperature ends; 0: it stays
     # remdm: which tokens are masked again; confidence is the default
     remask: Literal["confidence", "rescale", "cap"] | None = None

@@ -397,8 +397,8 @@ def most_remasked(t: float, s: float) -> float:
 @torch.no_grad()
 def planned(
     net: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
-    eta: float = 1.0, trust: float = 1.0, vocab: int | None = None, known: Tensor | None = None,
-    **decoding,
+    eta: float = 1.0, trust: float = 1.0, order: str = "random", noise: float = 4.5,
+    vocab: int | None = None, known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
     """Planned remasking: ReMDM in which a planner chooses what is masked again, one call a step.
 
@@ -409,9 +409,12 @@ def planned(
     eta        share of what may be masked again that is; 0: nothing
     trust      power of the odds of being wrong, to which the probability of masking a token again
                is proportional; 0: all alike, as remdm does, with its law
+    order      which masks are uncovered: "random" ones, or as many with the most confident draws,
+               as in confidence()
     """
     options = Decoding(**decoding)
-    check_at_least(n_steps=(n_steps, 1), eta=(eta, 0), trust=(trust, 0))
+    check_choice("order", order, ("random", "confidence"))
+    check_at_least(n_steps=(n_steps, 1), eta=(eta, 0), trust=(trust, 0), noise=(noise, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
     nfe = torch.zeros_like(label)
@@ -430,10 +433,20 @@ def planned(
         sigma = shared_out(mean_sigma, plan_logits, is_visible, trust)
         uncovered = is_masked & (u < (t - s + mean_sigma * (1 - t)) / t)
         remasked = u < sigma
-        draw = sample_at(None, x, t_input, label, uncovered, options, generator, logits)
-        x = torch.where(remasked, vocab, draw.x)
+        asked = uncovered if order == "random" else is_masked
+        draw = sample_at(None, x, t_input, label, asked, options, generator, logits)
+        if order == "confidence":
+            keys = confidence_keys(draw.p, noise * s, generator).masked_fill(~is_masked, -torch.inf)
+            uncovered = topk_mask(keys, uncovered.sum(1)) & is_masked
+        x = torch.where(uncovered, draw.x, x).masked_fill(remasked, vocab)
         p_noise = torch.where(is_masked, 1.0, plan_logits.sigmoid()) * editable
         yield State(x.clone(), p_noise, uncovered | remasked, t_input[:, 0], nfe)
+
+
+def confidence_keys(p: Tensor, noise: float, generator: Random) -> Tensor:
+    """Log-probability of draws, with Gumbel noise of this size.  (B, N) -> (B, N) float64"""
+    gumbel = -exponential(p.shape, generator, p.device).log()
+    return p.double().log() + noise * gumbel
 
 
 def denoiser_and_planner(

@@ -80,10 +80,18 @@ ARMS = [
     Arm("ReMDM, all", "remdm", "temperature", TEMPERATURES, ALL, is_control=True),
     Arm("ReMDM, eta", "remdm", "eta", (0.2, 0.5), dict(remask="rescale"), is_control=True),
     Arm("ReMDM, confidence", "remdm", "temperature", TEMPERATURES, is_control=True),
+    Arm(
+        "ReMDM, all, by confidence", "planned", "temperature", (1.0, 0.6),
+        dict(trust=0.0, order="confidence"), training="trunk", is_control=True,
+    ),
     Arm("ddpd", "ddpd", "temperature", (1.0, 0.7)),
     Arm("p2", "p2", "temperature", (1.3, 1.0)),
     Arm("p2 on the trunk", "p2", "temperature", (1.3, 1.0), training="trunk"),
     Arm("planned", "planned", "temperature", TEMPERATURES, training="trunk"),
+    Arm(
+        "planned, by confidence", "planned", "temperature", (1.0, 0.6), dict(order="confidence"),
+        training="trunk",
+    ),
     Arm("planned, trust", "planned", "trust", (0.5, 2.0), training="trunk"),
 ]
 

@@ -248,7 +248,7 @@ OPTIONS = {
         dict(order="random", schedule="cosine"), dict(temperature_end=0.5, schedule="linear"),
     ],
     "remdm": [dict(remask=remask) for remask in ("confidence", "rescale", "cap")],
-    "planned": [dict(trust=0.0, eta=0.3), dict(trust=2.0)],
+    "planned": [dict(trust=0.0, eta=0.3), dict(trust=2.0, order="confidence")],
     "p2": [dict(eta=0.0), dict(eta=2.0, schedule="cosine")],
     "self_correct": [dict(k=2, t=0.3), dict(patience=1, temperature=1.0)],
     "rollout": [dict(stabilization_level=0.02, context_level=0.05), dict(lag=1)],

@@ -129,6 +129,24 @@ def test_an_oracle_finds_mistakes_in_fewer_steps(rng):
     assert share_wrong(1.0, 8) < 0.6 * share_wrong(0.0, 8)
 
 
+def test_confident_draws_are_uncovered_first(rng):
+    """Without noise: tokens 0 to 3 are drawn at .9, the others at .5, and are masked no longer."""
+    def denoiser(x, t, label):
+        p = torch.where(torch.arange(8) < 4, 0.9, 0.5).expand(x.shape)
+        return torch.stack([p, 1 - p], -1).log()
+
+    net = both_of(denoiser, lambda x, label: torch.zeros(x.shape))
+    x = torch.full((2000, 8), 2)
+    options = dict(n_steps=4, generator=rng, eta=0.0, temperature=0.05)
+    n_seen = torch.zeros(8)
+    for state in planned(net, x, no_label(2000), order="confidence", noise=0.0, **options):
+        n_seen += (state.x < 2).float().mean(0)
+    assert n_seen[:4].min() > n_seen[4:].max()
+    assert (state.x < 2).all()
+    first = next(planned(net, x, no_label(2000), order="random", **options))
+    assert (first.x < 2).float().mean(0) == pytest.approx([0.25] * 8, abs=0.04)
+
+
 def test_p_noise_is_one_at_masks_and_the_planners_elsewhere(rng):
     known = torch.zeros(3, 6, dtype=torch.bool)
     known[:, 0] = True
@@ -163,7 +181,7 @@ def test_guidance_doubles_the_calls_and_leaves_the_planner_its_label(rng):
 
 @pytest.mark.parametrize("bad, name", [
     (dict(eta=-1.0), "eta"), (dict(trust=-1.0), "trust"), (dict(n_steps=0), "n_steps"),
-    (dict(x=torch.zeros(1, 3).long()), "start from masks"),
+    (dict(x=torch.zeros(1, 3).long()), "start from masks"), (dict(order="left"), "order"),
 ])
 def test_arguments_that_mean_nothing_are_refused_by_name(bad, name, rng):
     options = dict(x=torch.full((1, 3), 5), n_steps=2, generator=rng, vocab=5) | bad
