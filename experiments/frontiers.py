@@ -392,6 +392,7 @@ GREYS = ("0.30", "0.45", "0.60", "0.70", "0.78", "0.55")
 CONTROL_MARKERS = "x+12<>"
 PANEL_WIDTH = 3.1       # inches
 LEGEND_WIDTH = 2.7
+MARGIN = 0.03           # around the points
 
 
 def plot(task: str, seeds: list[int]) -> None:
@@ -404,9 +405,11 @@ def plot(task: str, seeds: list[int]) -> None:
     )
     styles = styles_of(ARMS)
     handles = {}
+    shown = []
     for calls, panel in zip(all_calls, panels[0], strict=True):
         means = {arm.name: mean_points(rows, task, arm, calls, seeds) for arm in ARMS}
         controls = [point for arm in ARMS if arm.is_control for point in means[arm.name]]
+        shown += [point for own in means.values() for point in own]
         if controls:
             handles["reach of the controls"] = draw_reach(panel, controls)
         for arm in ARMS:
@@ -416,10 +419,15 @@ def plot(task: str, seeds: list[int]) -> None:
         if real := common.select(rows, arm=REAL):
             [point] = points_of({0.0: real[0]}, task).values()
             [handles[REAL]] = panel.plot(*point, "*", color="black", markersize=12)
+            shown.append(point)
         panel.set_title(f"{calls} network calls")
         panel.set_xlabel(TASKS[task].axes[0])
         panel.grid(alpha=0.2)
     panels[0][0].set_ylabel(TASKS[task].axes[1])
+    if shown:
+        x, y = zip(*shown, strict=True)
+        panels[0][0].set_xlim(min(x) - MARGIN, max(x) + MARGIN)
+        panels[0][0].set_ylim(min(y) - MARGIN, max(y) + MARGIN)
     figure.legend(
         handles.values(), handles.keys(), loc="outside right upper", fontsize=10, frameon=False
     )
