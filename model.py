@@ -394,12 +394,18 @@ class TrunkPlanner(Transformer):
                 below = trunk.residual(x, t, label)
         return super().residual(x, t, label, below=below)
 
-    def both(self, x: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Denoiser and planner in one call.  -> logits (B, N, V) and (B, N)"""
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, sites: Tensor | None = None,
+                is_both: bool = False):
+        if not is_both:
+            return super().forward(x, t, label, sites)
         [trunk] = self.trunk_of
         below = trunk.residual(x, t, label)
         h = self.of_tokens(self.residual(x, t, label, below=below))
         return trunk.logits(trunk.of_tokens(below)).float(), self.logits(h).float()
+
+    def both(self, x: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Denoiser and planner in one call.  -> logits (B, N, V) and (B, N)"""
+        return self(x, t, label, None, True)
 
 
 def level_features(t: Tensor, frequency: Tensor) -> Tensor:

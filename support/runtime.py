@@ -214,7 +214,11 @@ def move_inputs(net: nn.Module, inputs: tuple) -> tuple:
     return tuple(y.to(device) if isinstance(y, Tensor) else y for y in inputs)
 
 
-def move_output(net: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+def move_output(
+    net: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...],
+) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(output, tuple):
+        return tuple(move_output(net, inputs, y) for y in output)
     return output.to(device_of_doubles(output.device))
 
 

@@ -37,7 +37,9 @@ def train_ours(settings: dict[str, Any], patch: int) -> Callable[[], None]:
     generator = torch.Generator().manual_seed(0)
 
     def step():
-        tasks = methods.make_tasks(spec, x0, label, None, generator)
+        tasks = training.tasks_of(
+            cfg, spec, state.ema["denoiser"], x0, label, None, generator
+        )
         losses = training.backward(cfg, learners, tasks, device, is_last=True)
         training.update_weights(cfg, state)
         state.it += 1

@@ -257,6 +257,24 @@ def backward(
     return torch.stack(losses)
 
 
+def tasks_of(
+    cfg: config.Config, spec: methods.Spec, denoiser: model.Transformer | None, x0: Tensor,
+    label: Tensor, known: Tensor | None, rng: torch.Generator,
+) -> dict[str, objectives.Task]:
+    """What the networks learn from a batch; denoiser: averaged, whose fills the planner learns on.
+    """
+    tasks = methods.make_tasks(spec, x0, label, known, rng)
+    if methods.learns_on_fills(spec):                   # drawn last: all else is as without them
+        t = tasks["denoiser"].t
+        device = next(denoiser.parameters()).device
+        with runtime.autocast(device, cfg.dtype):
+            tasks = methods.with_planner_on_fills(
+                spec, tasks, denoiser, x0, t, label, known, rng,
+                runtime.device_of_doubles(device), cfg.on_policy,
+            )
+    return tasks
+
+
 class Batches:
     """Training tasks as a function of (seed, iteration, micro-batch)."""
 
@@ -286,16 +304,7 @@ class Batches:
         if not cfg.overfit:
             label = objectives.drop_labels(label, self.spec.n_classes, cfg.label_dropout, rng)
         known = data.known_mask(self.spec.meta, x0)
-        tasks = methods.make_tasks(self.spec, x0, label, known, rng)
-        if methods.learns_on_fills(self.spec):          # drawn last: all else is as without them
-            t, label = tasks["denoiser"].t, tasks["denoiser"].label
-            device = next(self.denoiser.parameters()).device
-            with runtime.autocast(device, cfg.dtype):
-                tasks = methods.with_planner_on_fills(
-                    self.spec, tasks, self.denoiser, x0, t, label, known, rng,
-                    runtime.device_of_doubles(device), cfg.on_policy,
-                )
-        return tasks
+        return tasks_of(cfg, self.spec, self.denoiser, x0, label, known, rng)
 
     def epochs(self, it: int) -> float:
         """How often `it` iterations have seen each sequence."""

@@ -20,7 +20,7 @@ import support.validate
 import train_ddpd
 from sources import maze
 from support import chunked_head, diagnostics, runtime, sampling
-from support.training import Training, build_training, open_data
+from support.training import Training, build_training, open_data, tasks_of
 from support.validate import validate
 
 N_ROWS = 6
@@ -208,7 +208,7 @@ def train_step(device: str | torch.device, spec: methods.Spec) -> tuple[Training
     cfg = config.Config(**spec.config | dict(dtype="float32"))
     training = training_on(device, spec)
     rng = torch.Generator("cpu").manual_seed(3)
-    tasks = methods.make_tasks(spec, *batch_of(spec), rng)
+    tasks = tasks_of(cfg, spec, training.ema["denoiser"], *batch_of(spec), rng)
     learners = train_ddpd.learners_of(cfg, training, runtime.World(0, 1, device))
     losses = train_ddpd.backward(cfg, learners, tasks, device, is_last=True)
     gradients = [p.grad.clone() for net in training.nets.values() for p in net.parameters()]
