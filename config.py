@@ -198,8 +198,7 @@ class Config(
     # A run is resumed only with these unchanged; all others may change from start to start.
     FIXED: typing.ClassVar = (
         "method", "nets", "planner_layers", "fill_label", "freeze_denoiser", "denoiser_process",
-        "p_uniform", "process", "noise_granularity", "causal",
-        "patch",
+        "p_uniform", "process", "noise_granularity", "causal", "patch",
         "data", "image_size", "grey_levels", "n_layer", "n_head", "n_embd", "base_width",
         "base_head_dim", "batch_size", "overfit", "overfit_noise", "seed",
     )

@@ -104,10 +104,12 @@ def spec_of(config: dict[str, Any], meta: dict[str, Any]) -> Spec:
 
 def build(spec: Spec) -> dict[str, model.Transformer]:
     """The run's networks, untrained."""
-    nets = {name: model.Transformer(shape_of(spec, name), name, t_conditioned)
-            for name, t_conditioned in spec.method.networks.items()}
-    if spec.method.has_trunk:
-        nets["planner"] = model.TrunkPlanner(shape_of(spec, "planner"), nets["denoiser"])
+    nets = {}
+    for name, t_conditioned in spec.method.networks.items():
+        if spec.method.has_trunk and name == "planner":
+            nets[name] = model.TrunkPlanner(shape_of(spec, name), nets["denoiser"])
+        else:
+            nets[name] = model.Transformer(spec.shape, name, t_conditioned)
     return nets
 
 
@@ -130,7 +132,7 @@ def tasks_of_single(spec, x0, t, label, known, generator):
 
 
 def tasks_of_trunk(spec, x0, t, label, known, generator):
-    """The planner learns on fills alone: planner_task_of_fills."""
+    """The planner learns on fills alone: with_planner_on_fills."""
     return {"denoiser": objectives.denoiser_task(x0, t, label, spec.noise, generator, known)}
 
 
@@ -363,7 +365,7 @@ METHODS = {
     ),
     # denoiser of masks, and a planner on its last residual that knows the denoiser's mistakes
     "ddpd-trunk": Method(
-        networks={"planner": False, "denoiser": False},
+        networks={"denoiser": False, "planner": False},
         process=lambda config: "mask",
         tasks=tasks_of_trunk,
         bounds=likelihood.masked_bound,
