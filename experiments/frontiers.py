@@ -243,10 +243,8 @@ def best_setting(scores: dict[float, float]) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of its 95 % interval by Student's t; NaN for one value."""
+    """Mean, and half of its 95 % interval by Student's t."""
     n = len(values)
-    if n < 2:
-        return float(np.mean(values)), np.nan
     half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
     return float(np.mean(values)), float(half)
 
@@ -345,7 +343,7 @@ def table(task: str, seeds: list[int]) -> None:
     columns = [name for name in COLUMNS if any(row.get(name) for row in rows)]
     names = [COLUMNS[name][0] for name in columns]
     print(
-        f"\n{task}: means over training seeds with 95 % intervals (Student's t); sampling seed "
+        f"\n{task}: means over training seeds, 95 % intervals by Student's t; sampling seed "
         f"{REPORT_SEED}, settings chosen on {CHOICE_SEED}\n"
     )
     common.print_header(
@@ -373,10 +371,18 @@ def print_arm(arm: Arm, calls: int, results: list[Result], columns: list[str]) -
     cells = [str(calls), arm.name, str(len(results)), f"{arm.dial} {', '.join(chosen)}"]
     cells += scores_of(rows, columns)
     for name in SUMMARIES:
-        mean, half = interval([getattr(result, name) for result in results])
-        sign = "+" if name == "margin" else ""
-        cells.append(f"{mean:{sign}.3f}" + f" ± {half:.3f}" * bool(half == half))
+        form = "+.3f" if name == "margin" else ".3f"
+        cells.append(describe_values([getattr(result, name) for result in results], form))
     common.print_row([*cells, f"{common.mean(rows, 'flops') / 1e6:,.0f}"])
+
+
+def describe_values(values: list[float], form: str) -> str:
+    """Mean and interval over three training seeds or more, else all of them: a Student's t of two
+    says nothing."""
+    if len(values) < 3:
+        return ", ".join(f"{value:{form}}" for value in values)
+    mean, half = interval(values)
+    return f"{mean:{form}} ± {half:.3f}"
 
 
 def scores_of(rows: common.Rows, columns: list[str]) -> list[str]:

@@ -72,8 +72,8 @@ def test_a_setting_is_chosen_by_its_score():
 def test_interval():
     """Of 1, 2, 3: standard deviation 1, and 4.303 / sqrt(3) by the table of t with 2 degrees."""
     assert frontiers.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2.484), abs=1e-3)
-    mean, half = frontiers.interval([0.4])
-    assert mean == 0.4 and math.isnan(half)
+    assert frontiers.describe_values([1.0, 2.0, 3.0], ".1f") == "2.0 ± 2.484"
+    assert frontiers.describe_values([0.25, -0.5], "+.2f") == "+0.25, -0.50"
 
 
 # Results
