@@ -1,8 +1,11 @@
+import os
 import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # tests run side by side, and so do their scripts
 
 import pytest
 import torch

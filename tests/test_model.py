@@ -68,13 +68,18 @@ def test_losses_at_initialisation(method, rng):
 def test_task_loss_is_the_mean_over_the_sites(method, in_chunks, monkeypatch, rng):
     """The mean of task.loss of the whole network's logits at task.sites, in value and gradient."""
     if in_chunks:
-        monkeypatch.setattr(chunked_head, "LOGITS_PER_CHUNK", 50)
+        monkeypatch.setattr(chunked_head, "LOGITS_PER_CHUNK", 20)
     grid, vocab = ((3, 2, 2), 7) if method == "forcing" else ((3, 4), 7)
     spec = tiny_spec(method, grid, vocab, clean_token_rate=0.5)
     x0 = torch.randint(vocab, (6, 12), generator=rng)
     label = torch.randint(4, (6,), generator=rng)
     tasks = methods.make_tasks(spec, x0, label, None, rng)
     nets = methods.build(spec)
+    if methods.learns_on_fills(spec):
+        t = tasks["denoiser"].t
+        tasks = methods.with_planner_on_fills(
+            spec, tasks, nets["denoiser"], x0, t, label, None, rng, x0.device
+        )
     assert tasks.keys() == nets.keys()
     for name, task in tasks.items():
         net = wake(nets[name])
