@@ -379,14 +379,16 @@ def remdm(
             doubt = torch.where(editable & ~is_masked, -p_written, -torch.inf)
             sigma = sigma * doubt.softmax(1).nan_to_num(0)              # 0 at masks
         # P(keep) grows from 1 - t to 1 - s all the same
-        uncovered = is_masked & (u < (t - s + sigma * (1 - t)) / t)
+        p_uncover = (t - s + sigma * (1 - t)) / t
+        uncovered = is_masked & (u < p_uncover)
         remasked = editable & ~is_masked & (u < sigma)
         t_input = torch.full((len(x), 1), t, device=x.device).clamp(T_MIN, T_MAX)
         draw = sample_at(denoiser, x, t_input, label, uncovered, options, generator)
         p_written = torch.where(uncovered, draw.p, p_written)
         nfe = nfe + draw.calls
         x = torch.where(remasked, vocab, draw.x)
-        yield State(x.clone(), is_masked.float(), uncovered | remasked, t_input[:, 0], nfe)
+        written = uncovered | remasked
+        yield State(x.clone(), is_masked.float(), written, t_input[:, 0], nfe)
 
 
 def most_remasked(t: float, s: float) -> float:
@@ -431,22 +433,32 @@ def planned(
         u = uniform(x.shape, generator, x.device)
         mean_sigma = min(1.0, eta) * most_remasked(t, s)
         sigma = shared_out(mean_sigma, plan_logits, is_visible, trust)
-        uncovered = is_masked & (u < (t - s + mean_sigma * (1 - t)) / t)
+        p_uncover = (t - s + mean_sigma * (1 - t)) / t
+        uncovered = is_masked & (u < p_uncover)
         remasked = u < sigma
         asked = uncovered if order == "random" else is_masked
         draw = sample_at(None, x, t_input, label, asked, options, generator, logits)
         if order == "confidence":
-            keys = confidence_keys(draw.p, noise * s, generator).masked_fill(~is_masked, -torch.inf)
-            uncovered = topk_mask(keys, uncovered.sum(1)) & is_masked
-        x = torch.where(uncovered, draw.x, x).masked_fill(remasked, vocab)
-        p_noise = torch.where(is_masked, 1.0, plan_logits.sigmoid()) * editable
-        yield State(x.clone(), p_noise, uncovered | remasked, t_input[:, 0], nfe)
+            n_uncovered = uncovered.sum(1)
+            uncovered = most_confident(draw.p, is_masked, n_uncovered, noise * s, generator)
+        x = torch.where(uncovered, draw.x, x)
+        x = x.masked_fill(remasked, vocab)
+        p_wrong = plan_logits.sigmoid()
+        p_noise = torch.where(is_masked, 1.0, p_wrong) * editable
+        written = uncovered | remasked
+        yield State(x.clone(), p_noise, written, t_input[:, 0], nfe)
 
 
-def confidence_keys(p: Tensor, noise: float, generator: Random) -> Tensor:
-    """Log-probability of draws, with Gumbel noise of this size.  (B, N) -> (B, N) float64"""
+def most_confident(
+    p: Tensor, is_masked: Tensor, n: Tensor, noise: float, generator: Random,
+) -> Tensor:
+    """The n (B,) masks of each row whose draws have the largest log p, with Gumbel noise of this
+    size.  p, is_masked (B, N) -> (B, N) bool"""
     gumbel = -exponential(p.shape, generator, p.device).log()
-    return p.double().log() + noise * gumbel
+    keys = p.double().log() + noise * gumbel
+    keys = keys.masked_fill(~is_masked, -torch.inf)
+    is_chosen = topk_mask(keys, n)
+    return is_chosen & is_masked
 
 
 def denoiser_and_planner(
@@ -475,15 +487,20 @@ def shared_out(
     where that would take one above 1, it is 1 and the others share the rest
     """
     log_odds = logits.double().clamp(-50, 50)           # an oracle is as sure as can be
-    weight = (trust * log_odds).masked_fill(~is_visible, -torch.inf).softmax(1).nan_to_num(0)
+    log_weight = (trust * log_odds).masked_fill(~is_visible, -torch.inf)
+    weight = log_weight.softmax(1)
+    weight = weight.nan_to_num(0)                       # where no token is visible
     falling = weight.sort(1, descending=True).values
     still_to_share = falling.flip(1).cumsum(1).flip(1)  # of a token and all that follow
     n_before = torch.arange(weight.shape[1], device=weight.device)
-    n_expected = mean_sigma * is_visible.sum(1, keepdim=True)
+    n_visible = is_visible.sum(1, keepdim=True)
+    n_expected = mean_sigma * n_visible
     factor = (n_expected - n_before) / still_to_share.clamp_min(1e-300)
     fits = factor * falling <= 1 + 1e-9                 # those before it are all at 1
     first = fits.int().argmax(1, keepdim=True)
-    return (factor.gather(1, first) * weight).clamp(0, 1) * is_visible
+    factor = factor.gather(1, first)
+    sigma = (factor * weight).clamp(0, 1)
+    return sigma * is_visible
 
 
 @torch.no_grad()
