@@ -215,8 +215,10 @@ class Config(
 class PlanFlags:
     """Planned denoising, sampler ddpd."""
     # sites per step, for ddpd spread (default), fixed, one or leap; the others are of confidence
-    # (default arccos) and p2 (default linear)
-    schedule: Literal["spread", "fixed", "one", "leap", "arccos", "cosine", "linear"] | None = None
+    # (default arccos), and of p2, remdm and planned (default linear)
+    schedule: Literal[
+        "spread", "fixed", "one", "leap", "arccos", "cosine", "linear", "square"
+    ] | None = None
     k: int | None = None                    # sites per step of fixed, --refine and --correct; 1
     # sites in proportion to P(noise) (default), or to its odds
     pick: Literal["proportional", "softmax"] | None = None

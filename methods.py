@@ -273,7 +273,8 @@ def path_planned(spec, nets, x, label, **options):
 
 
 def planned_remasking(spec, nets, x, label, **options):
-    return samplers.planned(nets["planner"].both, x, label, vocab=spec.vocab, **options)
+    both = nets["planner"].both
+    return samplers.planned(nets["denoiser"], both, x, label, vocab=spec.vocab, **options)
 
 
 def after_planned_remasking(spec, nets, last, label, *, known=None, **options):

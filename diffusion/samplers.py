@@ -293,15 +293,14 @@ def confidence(
     """MaskGIT (arXiv:2202.04200): fill all masks, keep the most confident, mask the rest.
 
     x (B, N) masks (id vocab)  ->  yields State
-    schedule   share of tokens still masked after a share r of the steps: "arccos", arccos(r) 2/pi;
-               "cosine", cos(r pi/2); "linear", 1 - r. Every step keeps at least one token
+    schedule   a name in MASKED_SHARES; every step keeps at least one token
     order      which draws are kept: by "confidence", log-probability plus noise (1 - r) Gumbel, or
                "random"
     temperature_end   where the temperature, falling linearly, ends; 0: it stays
     """
     options = Decoding(temperature, **decoding)
     check_choice("order", order, ("confidence", "random"))
-    check_choice("schedule", schedule, ("arccos", "cosine", "linear"))
+    check_choice("schedule", schedule, MASKED_SHARES)
     check_at_least(n_steps=(n_steps, 1), noise=(noise, 0), temperature_end=(temperature_end, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
@@ -336,18 +335,25 @@ def confidence(
         yield State(x.clone(), is_masked.float(), sites, t, nfe)
 
 
+# schedule -> share of tokens that are masked after a share r of the steps
+MASKED_SHARES = {
+    "linear": lambda r: 1 - r,
+    "arccos": lambda r: math.acos(r) / (math.pi / 2),
+    "cosine": lambda r: math.cos(r * math.pi / 2),
+    "square": lambda r: (1 - r) ** 2,
+}
+
+
 def masked_share(done: float, schedule: str) -> float:
-    """MaskGIT's share of tokens that are masked after a share `done` of the steps."""
-    if schedule == "arccos":
-        return math.acos(done) / (math.pi / 2)
-    return math.cos(done * math.pi / 2) if schedule == "cosine" else 1 - done
+    """The share of tokens that are masked after a share `done` of the steps."""
+    return MASKED_SHARES[schedule](done)
 
 
 @torch.no_grad()
 def remdm(
     denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
-    remask: str = "confidence", eta: float | None = None, vocab: int | None = None,
-    known: Tensor | None = None, **decoding,
+    remask: str = "confidence", eta: float | None = None, schedule: str = "linear",
+    vocab: int | None = None, known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
     """ReMDM (arXiv:2503.00307): masked diffusion that masks written tokens again, to correct them.
 
@@ -361,6 +367,7 @@ def remdm(
     check_choice("remask", remask, ("confidence", "rescale", "cap"))
     if eta is None:
         eta = 1.0 if remask == "confidence" else 0.2
+    check_choice("schedule", schedule, MASKED_SHARES)
     check_at_least(n_steps=(n_steps, 1), eta=(eta, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
@@ -368,8 +375,8 @@ def remdm(
     nfe = torch.zeros_like(label)
     x = x.clone()
     for step in range(n_steps):
-        t = 1 - step / n_steps
-        s = 1 - (step + 1) / n_steps
+        t = masked_share(step / n_steps, schedule)
+        s = masked_share((step + 1) / n_steps, schedule)
         is_masked = editable & (x == vocab)
         u = uniform(x.shape, generator, x.device)
         most = most_remasked(t, s)
@@ -398,55 +405,112 @@ def most_remasked(t: float, s: float) -> float:
 
 @torch.no_grad()
 def planned(
-    net: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
-    eta: float = 1.0, trust: float = 1.0, order: str = "random", noise: float = 4.5,
-    vocab: int | None = None, known: Tensor | None = None, **decoding,
+    denoiser: Callable, both: Callable, x: Tensor, label: Tensor, *, n_steps: int,
+    generator: Random, eta: float = 1.0, trust: float = 1.0, order: str = "random",
+    noise: float = 4.5, schedule: str = "linear", vocab: int | None = None,
+    known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
     """Planned remasking: ReMDM in which a planner chooses what is masked again, one call a step.
 
-    net(x, t, label)  ->  logits (B, N, V) of a denoiser, and (B, N) of a planner that says which
-    visible tokens are wrong; x (B, N) masks (id vocab)  ->  yields State, with P(wrong) of visible
-    tokens. As many tokens are uncovered and masked again, on average, as remdm(remask="rescale")
-    would.
+    both(x, t, label)  ->  logits (B, N, V) of the denoiser, and (B, N) of a planner that says which
+    visible tokens are wrong; asked in steps that mask some of them again. In steps that mask all or
+    none the denoiser is asked alone. x (B, N) masks (id vocab)  ->  yields State, with P(wrong) of
+    visible tokens, or else the share of them that is masked again.
+    In a step from level t to s as many tokens are masked again as by remdm(remask="rescale") on
+    average, and masks are uncovered until a share s of the tokens is left masked.
     eta        share of what may be masked again that is; 0: nothing
-    trust      power of the odds of being wrong, to which the probability of masking a token again
-               is proportional; 0: all alike, as remdm does, with its law
-    order      which masks are uncovered: "random" ones, or as many with the most confident draws,
-               as in confidence()
+    trust      tokens are masked again in proportion to their odds of being wrong, to this power;
+               0: all alike, as in remdm
+    order      which masks are uncovered: "random" ones, or those with the most confident draws, as
+               in confidence()
+    schedule   a name in MASKED_SHARES
     """
     options = Decoding(**decoding)
     check_choice("order", order, ("random", "confidence"))
+    check_choice("schedule", schedule, MASKED_SHARES)
     check_at_least(n_steps=(n_steps, 1), eta=(eta, 0), trust=(trust, 0), noise=(noise, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
     nfe = torch.zeros_like(label)
     x = x.clone()
     for step in range(n_steps):
-        t = 1 - step / n_steps
-        s = 1 - (step + 1) / n_steps
+        t = masked_share(step / n_steps, schedule)
+        s = masked_share((step + 1) / n_steps, schedule)
+        t_input = torch.full((len(x), 1), t, device=x.device).clamp(T_MIN, T_MAX)
         is_masked = editable & (x == vocab)
         is_visible = editable & ~is_masked
-        t_input = torch.full((len(x), 1), t, device=x.device).clamp(T_MIN, T_MAX)
-        logits, plan_logits, calls = denoiser_and_planner(net, x, t_input, label, options)
-        nfe = nfe + calls
+        sigma = min(1.0, eta) * most_remasked(t, s)
+        n_remasked, n_uncovered = counts(is_masked, is_visible, sigma, s, generator)
 
-        u = uniform(x.shape, generator, x.device)
-        mean_sigma = min(1.0, eta) * most_remasked(t, s)
-        sigma = shared_out(mean_sigma, plan_logits, is_visible, trust)
-        p_uncover = (t - s + mean_sigma * (1 - t)) / t
-        uncovered = is_masked & (u < p_uncover)
-        remasked = u < sigma
-        asked = uncovered if order == "random" else is_masked
-        draw = sample_at(None, x, t_input, label, asked, options, generator, logits)
+        plan = Remasking(torch.zeros(x.shape, device=x.device), sigma * is_visible, None, 0)
+        if 0 < sigma < 1 and t < 1 and trust > 0:
+            plan = plan_remasking(both, x, t_input, label, options)
+        weight = odds(plan.logits, trust)
+        remasked = draw_sites(weight, is_visible, n_remasked, generator)
+
+        uncovered = is_masked
+        if order == "random":
+            uncovered = draw_sites(torch.ones_like(weight), is_masked, n_uncovered, generator)
+        draw = sample_at(
+            denoiser, x, t_input, label, uncovered, options, generator, plan.token_logits
+        )
+        nfe = nfe + plan.calls + draw.calls
         if order == "confidence":
-            n_uncovered = uncovered.sum(1)
             uncovered = most_confident(draw.p, is_masked, n_uncovered, noise * s, generator)
         x = torch.where(uncovered, draw.x, x)
         x = x.masked_fill(remasked, vocab)
-        p_wrong = plan_logits.sigmoid()
-        p_noise = torch.where(is_masked, 1.0, p_wrong) * editable
-        written = uncovered | remasked
-        yield State(x.clone(), p_noise, written, t_input[:, 0], nfe)
+        p_noise = torch.where(is_masked, 1.0, plan.p_wrong) * editable
+        yield State(x.clone(), p_noise, uncovered | remasked, t_input[:, 0], nfe)
+
+
+class Remasking(NamedTuple):
+    """What a planner says of a step of planned()."""
+    logits: Tensor                  # (B, N) of being wrong
+    p_wrong: Tensor                 # (B, N)
+    token_logits: Tensor | None     # (B, N, V) of the denoiser, guided; None: it was not asked
+    calls: int
+
+
+def plan_remasking(
+    both: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding,
+) -> Remasking:
+    """Ask denoiser and planner in one call."""
+    plans = []
+
+    def denoiser(x, t, label):
+        token_logits, logits = both(x, t, label)
+        plans.append(logits.float())
+        return token_logits
+
+    token_logits, calls = cfg_logits(denoiser, x, t, label, options)
+    logits = plans[0][:len(x)]                          # with the label, where asked without it too
+    refuse_nan(logits)
+    return Remasking(logits, logits.sigmoid(), token_logits, calls)
+
+
+def counts(
+    is_masked: Tensor, is_visible: Tensor, sigma: float, s: float, generator: Random,
+) -> tuple[Tensor, Tensor]:
+    """How many tokens to mask again, sigma of the visible ones, and how many masks to uncover, so
+    that a share s of all is masked.  (B, N) -> (B,), (B,)"""
+    n_visible = is_visible.sum(1)
+    n_masked = is_masked.sum(1)
+    u = uniform((len(n_visible), 1), generator, n_visible.device, torch.float64)
+    n_remasked = (sigma * n_visible.double() + u[:, 0]).long()      # rounded, right on average
+    n_left = (s * (n_visible + n_masked) + 1e-6).long()
+    n_uncovered = n_masked + n_remasked - n_left
+    return n_remasked, n_uncovered.clamp_min(0)
+
+
+def odds(logits: Tensor, power: float) -> Tensor:
+    """exp(power logits), in float64 and finite.  (B, N) -> (B, N)"""
+    return (power * logits.double()).clamp(-300, 300).exp()
+
+
+def draw_sites(weight: Tensor, where: Tensor, n: Tensor, generator: Random) -> Tensor:
+    """n (B,) tokens of a mask, drawn without replacement in proportion to weight.  (B, N)"""
+    keys = race_keys(weight, generator).masked_fill(~where, -1.0)
+    return topk_mask(keys, n) & where
 
 
 def most_confident(
@@ -461,48 +525,6 @@ def most_confident(
     return is_chosen & is_masked
 
 
-def denoiser_and_planner(
-    net: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding,
-) -> tuple[Tensor, Tensor, int]:
-    """Both logits of a net that is both, the denoiser's guided.  -> (B, N, V), (B, N), calls"""
-    plans = []
-
-    def denoiser(x, t, label):
-        logits, plan_logits = net(x, t, label)
-        plans.append(plan_logits.float())
-        return logits
-
-    logits, calls = cfg_logits(denoiser, x, t, label, options)
-    plan_logits = plans[0][:len(x)]                     # with the label, where asked without it too
-    refuse_nan(plan_logits)
-    return logits, plan_logits, calls
-
-
-def shared_out(
-    mean_sigma: float, logits: Tensor, is_visible: Tensor, trust: float,
-) -> Tensor:
-    """Probabilities of masking visible tokens again, in proportion to their odds^trust.
-
-    logits, is_visible (B, N)  ->  (B, N), mean_sigma on average over the visible tokens of a row;
-    where that would take one above 1, it is 1 and the others share the rest
-    """
-    log_odds = logits.double().clamp(-50, 50)           # an oracle is as sure as can be
-    log_weight = (trust * log_odds).masked_fill(~is_visible, -torch.inf)
-    weight = log_weight.softmax(1)
-    weight = weight.nan_to_num(0)                       # where no token is visible
-    falling = weight.sort(1, descending=True).values
-    still_to_share = falling.flip(1).cumsum(1).flip(1)  # of a token and all that follow
-    n_before = torch.arange(weight.shape[1], device=weight.device)
-    n_visible = is_visible.sum(1, keepdim=True)
-    n_expected = mean_sigma * n_visible
-    factor = (n_expected - n_before) / still_to_share.clamp_min(1e-300)
-    fits = factor * falling <= 1 + 1e-9                 # those before it are all at 1
-    first = fits.int().argmax(1, keepdim=True)
-    factor = factor.gather(1, first)
-    sigma = (factor * weight).clamp(0, 1)
-    return sigma * is_visible
-
-
 @torch.no_grad()
 def p2(
     planner: Callable, denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int,
@@ -515,13 +537,13 @@ def p2(
     step takes two network calls, the last only one, since it keeps all.
     eta        factor on log P(clean) of tokens that were visible before: 0 never masks them again,
                above 1 they are masked more readily than fresh ones
-    schedule   share of tokens still masked after a share of the steps, as in confidence()
+    schedule   a name in MASKED_SHARES
     As in the paper: the fill, its score by a planner that sees no masks, the largest scores kept,
     eta. Not as there: one planner of noise scores fresh and visible tokens alike, where the paper
     scores fresh ones by the denoiser's own probability; equal scores are kept in random order.
     """
     options = Decoding(**decoding)
-    check_choice("schedule", schedule, ("linear", "arccos", "cosine"))
+    check_choice("schedule", schedule, MASKED_SHARES)
     check_at_least(n_steps=(n_steps, 1), eta=(eta, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)

@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from conftest import refusal, tiny_config
 from test_samplers import any_level, no_label
 from test_train import assert_same, checkpoint_of, log_of
-from world import Oracle, dense, tiny_spec
+from world import Oracle, at_sites, dense, tiny_spec
 
 import config
 import methods
 import model
 import train_ddpd
-from diffusion import objectives
-from diffusion.samplers import last, planned, remdm, shared_out
+from diffusion import objectives, samplers
+from diffusion.samplers import counts, draw_sites, last, odds, remdm
 from support import training
 from support.checkpoint import digest, load_run
 
@@ -33,6 +33,19 @@ def both_of(denoiser, plan_logits):
     return net
 
 
+def at_any_site(denoiser):
+    def net(x, t, label, sites=None):
+        logits = denoiser(x, t, label)
+        return logits if sites is None else at_sites(logits, sites)
+    return net
+
+
+def planned(net, x, label, **options):
+    """Of a net that is both, whose denoiser can also be asked alone."""
+    denoiser = at_any_site(lambda *seen: net(*seen)[0])
+    return samplers.planned(denoiser, net, x, label, **options)
+
+
 def zeros(vocab):
     return lambda x, t, label: torch.zeros(*x.shape, vocab)
 
@@ -40,59 +53,69 @@ def zeros(vocab):
 # Which tokens are masked again
 
 
-def test_shares_are_in_proportion_to_the_odds():
-    """Odds 1, 2 and 3 of three visible tokens, .2 on average: .1, .2 and .3."""
-    logits = torch.tensor([[1.0, 2.0, 3.0, 9.0]]).log()
-    is_visible = torch.tensor([[True, True, True, False]])
-    sigma = shared_out(0.2, logits, is_visible, trust=1.0)
-    torch.testing.assert_close(sigma, torch.tensor([[0.1, 0.2, 0.3, 0.0]]).double())
-    squared = shared_out(0.2, logits, is_visible, trust=2.0)
-    torch.testing.assert_close(squared, 0.6 / 14 * torch.tensor([[1.0, 4.0, 9.0, 0.0]]).double())
+def test_sites_are_drawn_in_proportion_to_the_odds(rng):
+    """One of three visible tokens with odds 1, 2 and 3; to the power of 2: 1, 4 and 9."""
+    logits = torch.tensor([1.0, 2.0, 3.0, 9.0]).log().expand(60_000, 4)
+    is_visible = torch.tensor([True, True, True, False]).expand(60_000, 4)
+    one = torch.ones(60_000).long()
+    for power, weight in ((1.0, [1, 2, 3, 0]), (2.0, [1, 4, 9, 0])):
+        sites = draw_sites(odds(logits, power), is_visible, one, rng)
+        assert (sites.sum(1) == 1).all()
+        share = torch.tensor(weight) / sum(weight)
+        torch.testing.assert_close(sites.float().mean(0), share, atol=0.01, rtol=0)
 
 
-def test_what_would_be_above_one_is_shared_among_the_others():
-    """Odds 1, 1, 2 and 20 with a mean of .5: 2 to be masked, one of them for sure."""
-    logits = torch.tensor([[1.0, 1.0, 2.0, 20.0]]).log()
-    sigma = shared_out(0.5, logits, torch.ones(1, 4, dtype=torch.bool), trust=1.0)
-    torch.testing.assert_close(sigma, torch.tensor([[0.25, 0.25, 0.5, 1.0]]).double())
+def test_an_oracles_sites_come_first(rng):
+    """Infinite logits are odds as well; there are never more sites than visible tokens."""
+    logits = torch.full((500, 6), -torch.inf)
+    logits[:, :2] = torch.inf
+    is_visible = torch.arange(6).expand(500, 6) < 4
+    for n, expected in ((1, [1]), (2, [2]), (3, [3]), (9, [4])):
+        sites = draw_sites(odds(logits, 1.0), is_visible, torch.full((500,), n), rng)
+        assert sites.sum(1).unique().tolist() == expected
+        assert (sites[:, :2].sum(1) == min(n, 2)).all()
 
 
-@pytest.mark.parametrize("mean_sigma", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("trust", [0.0, 1.0, 5.0])
-def test_shares_have_the_mean_asked_for(mean_sigma, trust, rng):
-    logits = 4 * torch.randn(200, 12, generator=rng)
-    logits[0] = torch.inf                                   # an oracle's
-    is_visible = torch.rand(200, 12, generator=rng) < 0.6
-    is_visible[1] = False
-    sigma = shared_out(mean_sigma, logits, is_visible, trust)
-    assert sigma.min() >= 0 and sigma.max() <= 1
-    assert (sigma[~is_visible] == 0).all()
-    n_visible = is_visible.sum(1).double()
-    torch.testing.assert_close(sigma.sum(1), mean_sigma * n_visible, atol=1e-6, rtol=1e-6)
+def test_counts_are_right_on_average_and_end_without_masks(rng):
+    """Of 16 tokens 6 are masked; 2.5 of the other 10 are to be masked again, and 4 left masked."""
+    is_masked = torch.arange(16).expand(4000, 16) < 6
+    n_remasked, n_uncovered = counts(is_masked, ~is_masked, 0.25, 0.25, rng)
+    assert n_remasked.unique().tolist() == [2, 3]
+    assert n_remasked.double().mean() == pytest.approx(2.5, abs=0.05)
+    assert (6 + n_remasked - n_uncovered == 4).all()
+    n_remasked, n_uncovered = counts(is_masked, ~is_masked, 0.0, 0.0, rng)
+    assert (n_remasked == 0).all() and (n_uncovered == 6).all()
 
 
 # Planned remasking
 
 
-@pytest.mark.parametrize("trust, plan", [(0.0, torch.randn), (1.0, torch.zeros)])
-def test_a_planner_that_knows_nothing_leaves_remdm(trust, plan, rng):
-    """The same samples, token by token: one that is not trusted, or says the same of all."""
-    def denoiser(x, t, label, sites=None):
-        logits = torch.arange(5.0).expand(*x.shape, 5)
-        return logits if sites is None else logits[:, :sites.shape[1]]
+@pytest.mark.parametrize("schedule", ["linear", "square"])
+def test_steps_mask_as_many_tokens_as_remdm(schedule, rng):
+    """The same numbers on average, and a share s of the tokens masked after each step."""
+    x = torch.full((2000, 40), 5)
+    options = dict(n_steps=6, eta=0.7, schedule=schedule, generator=rng)
+    net = both_of(zeros(5), lambda x, label: x.float())
+    mine = list(planned(net, x, no_label(2000), **options))
+    theirs = list(remdm(at_any_site(zeros(5)), x, no_label(2000), remask="rescale", **options))
+    for step, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        s = samplers.masked_share((step + 1) / 6, schedule)
+        assert ((a.x == 5).sum(1) == int(40 * s + 1e-6)).float().mean() > 0.99
+        n_remasked = [(y.written & (y.x == 5)).sum(1).float().mean().item() for y in (a, b)]
+        assert n_remasked[0] == pytest.approx(n_remasked[1], abs=0.7)
 
+
+def test_a_planner_that_says_the_same_of_all_is_not_trusted(rng):
+    """The same samples, token by token, as with trust 0."""
     x = torch.full((20, 9), 5)
-    options = dict(n_steps=6, eta=0.7)
-    net = both_of(denoiser, lambda x, label: plan(x.shape))
-    mine = last(planned(
-        net, x, no_label(20), trust=trust, generator=torch.Generator().manual_seed(3), **options
-    ))
-    theirs = last(remdm(
-        denoiser, x, no_label(20), remask="rescale", generator=torch.Generator().manual_seed(3),
-        **options,
-    ))
-    assert torch.equal(mine.x, theirs.x)
-    assert (mine.nfe == 6).all()
+    net = both_of(zeros(5), lambda x, label: torch.full(x.shape, 2.0))
+    runs = []
+    for trust in (0.0, 1.0):
+        generator = torch.Generator().manual_seed(3)
+        options = dict(n_steps=6, eta=0.7, trust=trust, generator=generator)
+        runs.append(last(planned(net, x, no_label(20), **options)))
+    assert torch.equal(runs[0].x, runs[1].x)
+    assert (runs[1].nfe >= runs[0].nfe).all()
 
 
 def test_without_trust_it_has_the_law_of_the_data(rng):
@@ -147,14 +170,40 @@ def test_confident_draws_are_uncovered_first(rng):
     assert (first.x < 2).float().mean(0) == pytest.approx([0.25] * 8, abs=0.04)
 
 
+@pytest.mark.parametrize("options, n_asked", [
+    (dict(), 3),                            # at t = 1/2, 3/8 and 1/4
+    (dict(schedule="square"), 5),           # all but the first two and the last
+    (dict(eta=0.5), 6),
+    (dict(trust=0.0), 0),
+])
+def test_the_planner_is_asked_where_it_has_a_choice(options, n_asked, rng):
+    """Not where all visible tokens are masked again, or none; the denoiser is, in each step."""
+    asked = []
+
+    def both(x, t, label):
+        asked.append(t[0].item())
+        return torch.zeros(*x.shape, 5), torch.zeros(x.shape)
+
+    def denoiser(x, t, label, sites):
+        return torch.zeros(*sites.shape, 5)
+
+    x = torch.full((40, 16), 5)
+    states = samplers.planned(
+        denoiser, both, x, no_label(40), n_steps=8, generator=rng, **options
+    )
+    assert last(states).nfe.max() == 8
+    assert len(asked) == n_asked
+
+
 def test_p_noise_is_one_at_masks_and_the_planners_elsewhere(rng):
     known = torch.zeros(3, 6, dtype=torch.bool)
     known[:, 0] = True
     x = torch.where(known, 2, 5)
     net = both_of(zeros(5), lambda x, label: torch.ones(x.shape))
     before = x
-    for state in planned(net, x, no_label(3), n_steps=4, generator=rng, vocab=5, known=known):
-        p_planner = torch.tensor(1.0).sigmoid()
+    options = dict(n_steps=4, generator=rng, vocab=5, known=known, eta=0.5)
+    for step, state in enumerate(planned(net, x, no_label(3), **options)):
+        p_planner = torch.tensor(1.0).sigmoid() if step < 3 else torch.tensor(0.0)  # none masked
         expected = torch.where(before == 5, 1.0, p_planner).masked_fill(known, 0.0)
         torch.testing.assert_close(state.p_noise, expected)
         assert (state.x[known] == 2).all()
