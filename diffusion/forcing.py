@@ -210,9 +210,9 @@ def rollout(
         if swarm and i == steps[-1]:
             rows = swarm.reweight_and_resample(reward(x[:, :n_tokens]), always=True)
             x, p_noise, written = (y[rows] for y in (x, p_noise, written))
-        mean_t = view.t.sum(1) / (view.t > 0).sum(1).clamp_min(1)
-        shown = (y[:, :n_tokens] for y in (x.clone(), p_noise, written))
-        yield State(*shown, mean_t, nfe)
+        mean_t = view.t.sum(1) / (view.t > 0).sum(1).clamp_min(1)           # of noisy tokens
+        now = x[:, :n_tokens].clone()
+        yield State(now, p_noise[:, :n_tokens], written[:, :n_tokens], mean_t, nfe)
 
 
 class View(NamedTuple):
@@ -244,7 +244,7 @@ def view_of_step(t: Tensor, s: Tensor, window: int, kv_cache, editable: Tensor) 
 
 
 def visible_frames(falling: list[int], n_frames: int, window: int, kv_cache) -> tuple[int, int]:
-    """The frames that the denoiser sees while some fall.  -> first, end"""
+    """The frames that the denoiser sees while some fall: first, ..., end - 1.  -> first, end"""
     end = falling[-1] + 1
     if kv_cache is None:
         end = max(end, min(window, n_frames))
@@ -262,7 +262,7 @@ def ask_denoiser(
     denoiser: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding, kv_cache,
     n_finished: int,
 ) -> tuple[Tensor, int]:
-    """-> logits (B, n, V), network calls"""
+    """Ask through the cache, or with guidance.  -> logits (B, n, V), network calls"""
     if kv_cache is not None:
         return denoiser(x, t, label, None, kv_cache, n_finished), 1
     return cfg_logits(denoiser, x, t, label, options)
