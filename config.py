@@ -1,6 +1,6 @@
-"""The flags of every script: dataclasses, read by load().   defaults < config files, left to right
-< flags
+"""The flags of every script: dataclasses, read by load().
 
+Flags override config files, of which a later one overrides an earlier one, and these the defaults.
 The comment beside a field is its --help. Off is 0 or "".
 """
 
@@ -208,7 +208,8 @@ class Config(
         return self.lr_decay_iters or self.max_iters
 
 
-# Sampling: flags of sample.py and evaluate.py are the samplers' arguments; None: their own default
+# Sampling: flags of sample.py and evaluate.py are the samplers' arguments. With None a sampler uses
+# its own default
 
 
 @dataclass(frozen=True)
@@ -401,12 +402,12 @@ def refuse_unknown_flags(cls: type, argv: list[str]) -> None:
 
 
 def refuse_missing(cls: type, argv: list[str]) -> None:
-    """Positional arguments that are not there, in a line of usage; flags take what follows them."""
+    """Refuse missing positional arguments by a line of usage; flags take the words after them."""
     types = typing.get_type_hints(cls)
     required = [field.name for field in fields(cls) if field.default is MISSING]
     words = [name.upper() for name in required if types[name] is str]
     n_given = 0
-    n_values = 0                # that the flag before may still take
+    n_values = 0                # words that the flag before them may still take
     for arg in argv:
         if arg.startswith("--"):
             name = arg.removeprefix("--").replace("-", "_")
@@ -556,7 +557,7 @@ def check_type(value: Any, kind: Any, where: str) -> Any:
 
 
 def flaw(value: Any) -> str:
-    """What is wrong with a text or number, whatever it is for; "" where nothing is."""
+    """What is wrong with a text or number, whatever its field; "" where nothing is."""
     if isinstance(value, str):
         if len(value) > MAX_TEXT:
             return f"{len(value)} characters long; it must have at most {MAX_TEXT}"
@@ -689,8 +690,8 @@ def check_stated_data(cfg: Config) -> None:
 
 
 def restore(saved: Any) -> Config:
-    """The config of a run from its saved values, checked; a field younger than the run takes its
-    default."""
+    """The config of a run from its saved values, checked. Fields that did not exist yet when it was
+    saved take their defaults."""
     if not isinstance(saved, dict):
         raise SystemExit(f"config is {shown(saved)}, not a dict")
     types = typing.get_type_hints(Config, include_extras=True)

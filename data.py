@@ -123,13 +123,16 @@ class Split:
         return len(self.labels)
 
     def spread_subset(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """n evenly spaced rows, starting over where the split has fewer.  Returns as rows()."""
+        """n rows, every (rows / n)-th in whole numbers; starts over if there are fewer than n.
+
+        ->  as rows()
+        """
         stride = max(1, len(self) // n)
         return self.rows(np.arange(n) * stride % len(self))
 
     def whole_repeats(self, n: int) -> int:
-        """The least number of at least n rows in which each occurs equally often; n, if there are
-        more rows than that."""
+        """n, or if there are fewer rows, the next multiple of their number: spread_subset() then
+        holds each row equally often."""
         return n if n <= len(self) else -(-n // len(self)) * len(self)
 
     def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -180,6 +183,9 @@ def require_file(path: Path) -> None:
     """Refuse what is missing, and what opening would wait for, as a pipe."""
     if not os.path.isfile(path):
         raise SystemExit(f"{path} cannot be read: it is missing or not a file")
+
+
+# config.py has the same shown(), is_plain() and may_stop_reading(): neither imports a sibling
 
 
 def shown(value: object) -> str:
@@ -347,7 +353,7 @@ def has_data(folder: Path) -> bool:
 
 
 def make_if_missing(name: str, image_size: int, grey_levels: int) -> Path:
-    """Make a source's folder unless it exists.  ->  folder"""
+    """The folder of a source's tokens, which is made first if it is missing.  ->  folder"""
     source = import_source(name)
     options = check_options(Make(name, image_size=image_size, grey_levels=grey_levels))
     folder = ROOT / source.folder_name(options)
@@ -541,7 +547,7 @@ class SplitWriter:
         self.write_header()
 
     def write_header(self) -> None:
-        """Written first and again once n is known: numpy pads the header so that any n fits."""
+        """Called first with n = 0, and again once n is known: numpy pads it so that any n fits."""
         header = {
             "descr": self.dtype.str,
             "fortran_order": False,
@@ -585,7 +591,7 @@ def make(source: ModuleType, folder: Path, options: Make) -> None:
 
 
 def make_folder(source: ModuleType, folder: Path, options: Make) -> None:
-    """Raises OSError where a file cannot be read or written."""
+    """make(), except that an OSError is raised as it is."""
     decoder = decoder_beside(options)
     options = replace(options, decoder=str(decoder or ""))
     # chunks: (split, tokens (m, *grid), labels (m,)); kept: {file name: bytes}, if any
@@ -659,7 +665,7 @@ def is_plain(text: str) -> bool:
 
 
 def train_command(folder: Path) -> str:
-    """How to train on a folder that was made: by a config for it, best of its name, or --data."""
+    """How to train on a folder: by a config for this data, preferably of its name, or by --data."""
     meta = read_meta(folder)
     for path in sorted(CONFIGS.glob("*.py"), key=lambda path: (path.stem != folder.name, path)):
         stated = literals_of(path)
@@ -671,7 +677,7 @@ def train_command(folder: Path) -> str:
 
 
 def literals_of(path: Path) -> dict:
-    """What a config file assigns, without what it calculates."""
+    """The assignments of literals in a config file; calculated values are left out."""
     values = {}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign):
@@ -681,7 +687,7 @@ def literals_of(path: Path) -> dict:
 
 
 def folder_of_config(values: dict) -> Path:
-    """The data of a config file that assigns these values."""
+    """The data folder of a config file that assigns these values."""
     name = values.get("data", "digits")
     if name not in source_names():
         return folder_of(name)

@@ -42,6 +42,7 @@ if __name__ == "__main__":
 
 import bisect
 import functools
+import inspect
 import json
 import math
 import os
@@ -68,6 +69,7 @@ N_PLANNER = 1024            # sequences that a planner is judged on
 DECODED = 100               # pictures that a decoder makes at a time
 N_NEIGHBOURS = 10           # samples that are shown over their nearest training pictures
 N_PILOT = 64                # sequences on which a sampler's calls are counted beforehand
+PACING = ("remask", "eta", "schedule", "trust")     # options on which the number of calls depends
 MAX_STEPS_PER_TOKEN = 16    # where more steps hardly make more calls
 FRAME_KEYS = (
     "run", "train_seed", "sampler", "steps", "lag", "stabilization_level", "context_level", "flips",
@@ -104,12 +106,12 @@ class Judged:
         self.files = {}         # name -> path of each file written beside the table
 
     def path_of(self, name: str) -> Path:
-        """Of a file in the run's folder, which is listed at the end."""
+        """A file's path in the run's folder; remembered, to be listed at the end."""
         return self.files.setdefault(name, self.run.folder / name)
 
     @functools.cached_property
     def metrics(self):
-        """Made when they are first asked for, since that can train a judge."""
+        """The metrics for this data, made on first use, since that can train a judge."""
         to_pixels = self.decoded_pixels if self.decoder else None
         to_bytes = None
         if is_text(self.spec.meta):
@@ -126,13 +128,13 @@ class Judged:
         ])
 
     def decoded_pixels(self, tokens: np.ndarray) -> np.ndarray:
-        """The same in [0, 1]."""
+        """As decoded(), but float32 in [0, 1]."""
         return self.decoded(tokens).astype(np.float32) / 255
 
     def bits(self) -> Bits:
         """Bits per token of held-out data and its standard error, by each bound of the method, the
-        tight one first. Noise is the same for all runs; tokens that samples are given are given
-        here too."""
+        tight one first. The noise is the same for all runs; tokens that are known to samplers are
+        known here too."""
         val = self.splits["val"]
         n = N_BITS_VIDEO if self.spec.is_video else N_BITS
         n_repeated = -(-n // len(val)) * len(val)       # each sequence as often as any other
@@ -147,7 +149,7 @@ class Judged:
             )
 
     def n_frames(self, flags: Flags) -> int:
-        """Frames of a video: a rollout makes any number, all else as many as the data has."""
+        """Frames of a video: a rollout makes any number, other samplers as many as the data has."""
         own = self.spec.grid[0]
         if self.spec.method.has_own_levels:
             return flags.frames or 8 * own
@@ -210,7 +212,7 @@ def flip_known(real: np.ndarray, known: np.ndarray, rate: float, vocab: int) -> 
 
 
 def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
-    """Steps for which a sampler may make nfe calls; refuses fewer than one."""
+    """The steps that a sampler can take with nfe network calls; refuses fewer than one step."""
     spec = judged.spec
     if spec.is_video and spec.method.has_own_levels:
         return n_steps_of_rollout(row, judged, nfe, flags)
@@ -225,7 +227,7 @@ def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
         )
     n_calls = nfe // calls
     is_unmasking = spec.noise.only_masks and not spec.method.has_own_levels
-    if row == "remdm" or (row == "ancestral" and is_unmasking):
+    if row in ("remdm", "planned") or (row == "ancestral" and is_unmasking):
         process = spec.noise.process
         return n_steps_of_unmasking(row, process, n_calls, judged.n_unknown(flags), flags)
     return n_calls
@@ -235,36 +237,48 @@ def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
 def n_steps_of_unmasking(
     row: str, process: str, n_calls: int, n_tokens: int, flags: Flags,
 ) -> int:
-    """Steps in which a sampler that uncovers masks makes n_calls on average, as far as it can.
+    """The fewest steps in which a sampler that uncovers masks makes n_calls on average, if any do.
 
-    A step in which a sequence uncovers no token costs it nothing. Counted with a denoiser that
-    knows nothing, on sequences of n_tokens masks.
+    Steps and calls differ since a step costs no call for sequences in which it uncovers no token.
+    Calls are counted by sampling n_tokens masks with a uniform denoiser.
     """
-    if row == "remdm":
-        options = {name: getattr(flags, name) for name in ("remask", "eta")}
-        options = {name: value for name, value in options.items() if value is not None}
-        sampler = functools.partial(samplers.remdm, **options)
-    else:
-        sampler = functools.partial(samplers.ancestral, process=process, p_uniform=0.0)
-
     def denoiser(x, t, label, sites):
         return torch.zeros(*sites.shape, 2)
 
-    def makes_them(n_steps):
+    def both(x, t, label):
+        return torch.zeros(*x.shape, 2), torch.zeros(x.shape)
+
+    sampler = {
+        "ancestral": functools.partial(
+            samplers.ancestral, denoiser, process=process, p_uniform=0.0
+        ),
+        "remdm": functools.partial(samplers.remdm, denoiser),
+        "planned": functools.partial(samplers.planned, denoiser, both),
+    }[row]
+    options = {}
+    if row != "ancestral":
+        names = [name for name in PACING if name in inspect.signature(sampler).parameters]
+        options = {name: getattr(flags, name) for name in names}
+        options = {name: value for name, value in options.items() if value is not None}
+
+    def spends_budget(n_steps):
         x = torch.full((N_PILOT, n_tokens), 2)
         label = torch.zeros(N_PILOT, dtype=torch.long)
         rng = runtime.generator("pilot")
-        final = samplers.last(sampler(denoiser, x, label, n_steps=n_steps, generator=rng))
+        states = sampler(x, label, n_steps=n_steps, generator=rng, **options)
+        final = samplers.last(states)
         return final.nfe.double().mean() >= n_calls - 0.5
 
-    low = high = n_calls
-    while high < MAX_STEPS_PER_TOKEN * n_tokens and not makes_them(high):
-        low, high = high, 2 * high
-    return low + bisect.bisect_left(range(low, high), True, key=makes_them)
+    low = n_calls
+    high = n_calls
+    while high < MAX_STEPS_PER_TOKEN * n_tokens and not spends_budget(high):
+        low = high
+        high = 2 * high
+    return low + bisect.bisect_left(range(low, high), True, key=spends_budget)
 
 
 def n_steps_of_rollout(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
-    """Steps of a frame, for nfe calls for each frame that is made."""
+    """The most steps of a frame at which a rollout makes nfe calls per frame on average."""
     n_frames = judged.n_frames(flags)
     lag = flags.lag
     if row == "ancestral":
@@ -315,7 +329,7 @@ def plan_stages(row: str, judged: Judged, nfe: int, flags: Flags) -> list[Stage]
 
 
 def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> str:
-    """All that a row depends on, as JSON: a row with the same settings need not be drawn again."""
+    """All that a row depends on, as JSON: rows with equal settings are not drawn again."""
     settings = dict(it=judged.run.it, weights=judged.run.digest[:HASH_CHARS])
     settings |= dict(sampler=row, nfe=nfe, seed=seed, n_samples=flags.n)
     settings |= dict(correct=flags.correct, **flags.sampler_options())
@@ -334,7 +348,7 @@ def finished_rows(path: Path, settings: str) -> list[dict[str, Any]]:
 
 
 def add_bits(path: Path, settings: str, bits: Bits) -> None:
-    """To rows that were drawn with --no-bits."""
+    """Add bits per token to finished rows that were drawn with --no-bits."""
     rows = logs.read_rows(path)
     for row in rows:
         if row["settings"] == settings and not row.get("bits_per_token"):
@@ -362,7 +376,8 @@ def evaluate(
 def draw_stages(
     judged: Judged, row: str, nfe: int, seed: int, flags: Flags, world: runtime.World,
 ) -> list[Drawn]:
-    """The samples of a row, by all processes; those of the same settings in RUN/samples stay."""
+    """Draw the samples of a row, by all processes; those that RUN/samples has are not drawn again.
+    """
     run = judged.run
     labels, _, tokens, known = judged.held_out(flags)
     words = [f"flips{flags.flips:g}"] if flags.flips else []
@@ -557,7 +572,7 @@ def evaluate_run(judged: Judged, flags: Flags, world: runtime.World) -> None:
 
 
 def describe_run(judged: Judged, flags: Flags, table: comparison.Table) -> Bits | None:
-    """Say what is known before anything is sampled.  -> bits per token, if they are asked for"""
+    """Print what is known before anything is sampled.  -> bits per token, if they are asked for"""
     spec, folder = judged.spec, judged.run.folder
     bits = judged.bits() if flags.bits else None
     print(f"{folder}, iteration {judged.run.it}: {describe_bits(bits)}")
@@ -593,8 +608,8 @@ def add_rows(
     judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
     table: comparison.Table, world: runtime.World,
 ) -> None:
-    """The row or two of a setting: those of evaluate.csv where they are finished, or drawn now by
-    all processes and judged by rank 0."""
+    """Print the rows of a setting, one for each stage: those in evaluate.csv if they are finished,
+    or else drawn now by all processes and judged by rank 0."""
     path = judged.run.folder / "evaluate.csv"
     rows = None
     if world.is_main:
@@ -617,7 +632,7 @@ def add_rows(
 def known_rows(
     judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
 ) -> list[dict[str, Any]] | None:
-    """The finished rows of a setting, None if they are not there or not wanted."""
+    """The finished rows of a setting; None if they are missing, or --again asks for new ones."""
     path = judged.run.folder / "evaluate.csv"
     settings = settings_of(judged, name, nfe, seed, flags)
     n_stages = len(plan_stages(name, judged, nfe, flags))

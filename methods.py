@@ -20,7 +20,7 @@ from diffusion.decoding import DECODING_NAMES, State
 from diffusion.processes import T_MIN, Noise, corrupt, require_posterior, stratified_t
 from diffusion.randomness import Random, Streams
 
-MAX_FILL_STEPS = 4      # in which masks are filled for a planner that learns on policy
+MAX_FILL_STEPS = 4      # steps in which a denoiser fills masks for a planner to learn on
 
 
 def no_noise(spec, nets, last, label, **options):
@@ -31,12 +31,12 @@ def no_noise(spec, nets, last, label, **options):
 class Sampler(NamedTuple):
     """A sampler as a method uses it.
 
-    `call` is given n_steps, generator, known and null_label besides the user's options, and x as
-    the pure noise of the method's process. The last State holds no masks.
+    `call` gets n_steps, generator, known and null_label besides the user's options, and as x the
+    pure noise of the method's process. The last State must hold no masks.
     """
-    function: Callable                  # its keyword arguments are what a user may set
+    function: Callable                  # its keyword arguments are the options of a user
     call: Callable                      # (spec, nets, x, label, **options) -> yields State
-    more_options: tuple[str, ...] = ()  # options that `call` reads itself
+    more_options: tuple[str, ...] = ()  # further options, which `call` reads itself
     # (spec, nets, last State, label, **options) -> P(noise) of the finished tokens (B, N)
     p_noise_after: Callable = no_noise
 
@@ -48,7 +48,7 @@ class Method(NamedTuple):
     bounds: Callable                    # one of likelihood.*_bound
     samplers: dict[str, Sampler]        # name -> how; the first is the default
     has_own_levels: bool = False        # a noise level for each frame or token; sampled by rollouts
-    has_trunk: bool = False             # the planner stands on the denoiser, and learns on fills
+    has_trunk: bool = False             # the planner reads the denoiser's residual, learns on fills
 
 
 class Spec(NamedTuple):
@@ -114,7 +114,7 @@ def build(spec: Spec) -> dict[str, model.Transformer]:
 
 
 def shape_of(spec: Spec, network: str) -> model.Shape:
-    """That of all networks, but for a planner on the denoiser's trunk, which has fewer blocks."""
+    """The run's shape; a planner on the denoiser's trunk has its own number of blocks."""
     if spec.method.has_trunk and network == "planner":
         return replace(spec.shape, n_layer=spec.config["planner_layers"])
     return spec.shape
@@ -132,7 +132,7 @@ def tasks_of_single(spec, x0, t, label, known, generator):
 
 
 def tasks_of_trunk(spec, x0, t, label, known, generator):
-    """The planner learns on fills alone: with_planner_on_fills."""
+    """The planner's task needs fills, and is added by with_planner_on_fills."""
     return {"denoiser": objectives.denoiser_task(x0, t, label, spec.noise, generator, known)}
 
 
@@ -175,11 +175,11 @@ def fill_masks(
     spec: Spec, denoiser: Callable, x0: Tensor, t: Tensor, label: Tensor, known: Tensor | None,
     generator: torch.Generator, device: torch.device, to_the_end: bool = True,
 ) -> objectives.Fill:
-    """Mask data at level t and let the denoiser fill it, in 1 to MAX_FILL_STEPS steps.
+    """Mask data at level t and let the denoiser fill it in, in 1 to MAX_FILL_STEPS steps.
 
-    x0 (B, N), t (B, 1), label (B,), known (B, N) bool or None, and what is returned, are on the
-    host; the denoiser is on the device. The draws are those of streams, the same on any device.
-    to_the_end: otherwise it stops after any of the steps, and masks are left.
+    x0 (B, N), t (B, 1), label (B,), known (B, N) bool or None and the fill are on the host, the
+    denoiser is on the device. The draws are those of streams, the same on any device.
+    to_the_end  False: stop after a random number of these steps, with masks left
     """
     x, is_masked = corrupt(x0, objectives.level_per_token(t, x0, known), spec.noise, generator)
     n_steps = torch.randint(1, MAX_FILL_STEPS + 1, (), generator=generator).item()
@@ -201,10 +201,10 @@ def learns_on_fills(spec: Spec) -> bool:
 
 
 def passes_to_fill(spec: Spec) -> float:
-    """Forward passes of the denoiser for a row of a batch, beside its own training."""
+    """Forward passes of the denoiser for a row of a batch, besides those of its own training."""
     mean_steps = (1 + MAX_FILL_STEPS) / 2
     if spec.method.has_trunk:
-        return (1 + mean_steps) / 2 + 1                 # stopped after any of them; the trunk
+        return (1 + mean_steps) / 2 + 1     # stopped after any of them, then the planner's trunk
     return spec.config["on_policy"] * mean_steps
 
 
@@ -213,8 +213,8 @@ def with_planner_on_fills(
     label: Tensor, known: Tensor | None, generator: torch.Generator, device: torch.device,
     share: float = 1.0,
 ) -> dict[str, objectives.Task]:
-    """Tasks in which the planner learns on the denoiser's fills, in a share of its rows; one on the
-    denoiser's trunk in all of them, some stopped on the way.  Else as fill_masks.
+    """Let the planner learn on the denoiser's fills, in a share of its rows; a planner on the trunk
+    in all rows, whose fills may still hold masks.  Other arguments as of fill_masks
     """
     n = len(x0)
     if not spec.method.has_trunk:
@@ -235,11 +235,8 @@ def bits_per_token(
     spec: Spec, nets: dict[str, Callable], x0: Tensor, label: Tensor, known: Tensor | None,
     generator: torch.Generator, n_distinct: int = 0, progress: Callable = iter,
 ) -> dict[str, tuple[float, float]]:
-    """Upper bounds on -log2 p(x0) / N, the tight one first.  -> {bound: (bits per token, error)}
-
-    x0 (n, N), label (n,), known (n, N) bool or None: tokens that are given and not counted;
-    n_distinct: the first so many sequences are repeated, 0: none is; progress: around the batches,
-    such as tqdm
+    """Upper bounds on -log2 p(x0) / N, the tight one first; arguments as of the function in
+    diffusion/likelihood.py.  -> {bound: (bits per token, standard error)}
     """
     is_along_frames = spec.method.has_own_levels and spec.n_frames > 1
     paths = ("shared", "frames") if is_along_frames else ("shared",)
@@ -303,7 +300,7 @@ def self_correct(spec, nets, x, label, **options):
 
 
 def after_self_correct(spec, nets, last, label, **options):
-    """What a further step, which is not taken, would say."""
+    """What the network says in one more step, whose tokens are dropped."""
     generator = torch.Generator(last.x.device)
     further = self_correct(
         spec, nets, last.x, label, n_steps=1, generator=generator, **options
@@ -312,21 +309,19 @@ def after_self_correct(spec, nets, last, label, **options):
 
 
 def rollout_levels(spec, known, n_steps, frames=0, lag=-1):
-    """The scheduling matrix of a rollout after the first frames, as far as all tokens are known,
-    its levels spaced as the process has them: a row for each step, and one before."""
-    context_frames = 0
-    if known is not None and spec.is_video:
-        is_known = known.view(len(known), -1, spec.shape.frame_size).all(2).all(0)
-        is_known = is_known.cpu()                       # (F,), on the host as the levels are
-        context_frames = int(is_known.int().cumprod(0).sum())
+    """The scheduling matrix of a rollout after the leading known frames, its levels spaced as the
+    process has them.  -> (R, F): a row before each step, and the last one
+    """
+    if known is None or not spec.is_video:
+        return spec.noise.spaced(forcing.rollout_levels(spec.grid, n_steps, frames, lag))
+    is_known = known.view(len(known), -1, spec.shape.frame_size).all(2).all(0)
+    is_known = is_known.cpu()                           # (F,), on the host as the levels are
+    context_frames = int(is_known.int().cumprod(0).sum())
     even = forcing.rollout_levels(spec.grid, n_steps, frames, lag, context_frames)
-    levels = spec.noise.spaced(even)
-    if known is not None and spec.is_video:             # steps in which only known frames fall
-        levels = levels.masked_fill(is_known.cpu(), 0)
-        is_step = (levels[:-1] > levels[1:]).any(1)
-        is_step[-1] |= not is_step.any()                # all is known: one State is yielded
-        levels = torch.cat([levels[:1], levels[1:][is_step]])
-    return levels
+    levels = spec.noise.spaced(even).masked_fill(is_known, 0)
+    is_step = (levels[:-1] > levels[1:]).any(1)         # others moved known frames only: drop them
+    is_step[-1] |= not is_step.any()                    # all is known: one State is yielded
+    return torch.cat([levels[:1], levels[1:][is_step]])
 
 
 def rollout(spec, nets, x, label, *, n_steps, frames=0, lag=-1, **options):
@@ -444,11 +439,13 @@ def sample(
     generator: Random, sampler: str = "", known: Tensor | None = None,
     known_tokens: Tensor | None = None, frames: int = 0, x: Tensor | None = None, **options,
 ) -> Iterator[State]:
-    """Sample a run's networks from pure noise, but for the tokens that are known.  -> yields State
+    """Sample a run's networks from pure noise around the tokens that are known.  -> yields State
 
-    label (B,); sampler: one of the method's, "": its first; known (B, N) bool, known_tokens (B, N);
-    self_correct corrects known_tokens; frames of a rollout, 0: as many as the data has;
-    x (B, N): where sampling starts, None: at starting_tokens
+    label      (B,)
+    sampler    one of the method's; "": its first
+    known, known_tokens   (B, N) bool: where the tokens (B, N) stay; self_correct starts from them
+    frames     of a rollout; 0: as many as the data has
+    x          (B, N) where sampling starts; None: at starting_tokens
     """
     sampler = sampler or next(iter(spec.method.samplers))
     chosen = find_sampler(spec, sampler)
@@ -483,8 +480,8 @@ def p_noise_after(
 ) -> Tensor:
     """P(noise) of the tokens of sample()'s last State, for pictures.  -> (B, N)
 
-    Planner (ddpd, p2) and self_correct are asked once more, a call that State.nfe does not count;
-    other samplers end at noise level 0
+    For ddpd, p2, planned and self_correct this is one more network call, which State.nfe does not
+    count; other samplers end at noise level 0, hence with 0.
     """
     chosen = find_sampler(spec, sampler)
     return chosen.p_noise_after(

@@ -16,8 +16,7 @@ from support.attention import attend
 ROPE_BASE = 100.0           # slowest wavelength 2 pi * 100 positions: longer than any axis here
 N_LABEL_TOKENS = 4          # tokens per class label, read by cross-attention
 N_LEVEL_FEATURES = 32
-EMBED_STD = 0.5  # of tokens, positions, labels and level features: the same at every width
-SHORT_KEYS = 512            # up to so many keys a CPU is faster with plain matrix products
+EMBED_STD = 0.5             # of tokens, positions, labels and level features, at every width
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Shape:
     base_width: int         # the width at which the lr on the command line is each group's lr
     base_head_dim: int = 0  # head_dim at base_width; 0: the same at every width
     causal: bool = False    # a frame attends to itself and those before it
-    patch: int = 1          # the blocks see patches of so many tokens along rows and columns
+    patch: int = 1          # the blocks see patches of this many tokens along rows and columns
 
     def __post_init__(self):
         self.check_patch()
@@ -60,7 +59,7 @@ class Shape:
 
     @property
     def patches(self) -> tuple[int, ...]:
-        """Tokens of a patch along each axis; frames are never merged."""
+        """Tokens of a patch along each axis; frames are never merged, nor an axis of length 1."""
         n_frame_axes = 1 if self.is_video else 0
         sizes = [self.patch if n > 1 else 1 for n in self.grid[n_frame_axes:]]
         return (*[1] * n_frame_axes, *sizes)
@@ -113,8 +112,10 @@ def used_axes(grid: tuple[int, ...]) -> list[int]:
 
 
 def rope_angles(grid: tuple[int, ...], head_dim: int) -> Tensor:
-    """Rotation of each pair of a head at each token; the axes share the pairs evenly.  -> (N,
-    head_dim / 2)"""
+    """Rotation of each pair of a head at each token; the axes share the pairs evenly.
+
+    ->  (N, head_dim / 2)
+    """
     axes = used_axes(grid)
     positions = torch.cartesian_prod(*[torch.arange(n, dtype=torch.float32) for n in grid])
     positions = positions.view(-1, len(grid))                           # (N, axes of the grid)
@@ -127,8 +128,10 @@ def rope_angles(grid: tuple[int, ...], head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pair (i, i + d/2) of every head by its angle.  x (B, H, N, d), cos and sin (N,
-    d/2)  ->  (B, H, N, d)"""
+    """Rotate pair (i, i + d/2) of every head by its angle.
+
+    x (B, H, N, d), cos and sin (N, d/2)  ->  (B, H, N, d)
+    """
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -138,11 +141,10 @@ def norm(x: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Frame-causal attention: a frame sees itself and the window - 1 frames before it, without a
-    mask.
+    """Frame-causal attention: a frame sees itself and the window - 1 frames before it.
 
-    Keys and values of the first n_keep frames of a call are kept for all later ones. A cache serves
-    one set of rows.
+    Frames are attended from one by one, so that no mask is needed, in training too. Keys and values
+    of the first n_keep frames of a call are kept for later calls. A cache serves one batch of rows.
     """
 
     def __init__(self, shape: Shape):
@@ -153,8 +155,10 @@ class KVCache:
         self.n_keep = 0                         # of the call at hand
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """As attend(); q, k and v (B, H, frames * frame_size, d) are of frames that follow the kept
-        ones."""
+        """As attend(), for frames that follow the kept ones.
+
+        q, k, v (B, H, frames * frame_size, d)  ->  the same shape
+        """
         size = self.frame_size
         n_new = q.shape[2] // size
         if self.kept[layer] is not None:
@@ -180,8 +184,8 @@ class KVCache:
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the label and MLP side by side: one matrix in, one matrix
-    out."""
+    """Self-attention, cross-attention to the label and an MLP in parallel, between one input and
+    one output matrix."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -220,9 +224,10 @@ class Transformer(nn.Module):
     """net(x, t, label, sites=None): planner -> (B, N) logits; denoiser -> (B, N, V), or (B, K, V)
     at sites (B, K).
 
-    x (B, N) int64 in [0, V], the mask being V;  t (B, 1) or (B, N), read if t_conditioned;  label
-    (B,) in [0, n_classes]. The blocks see n patches of p tokens, whose embeddings lie side by side;
-    one matrix leads back to tokens. n = N and p = 1 unless the shape says otherwise.
+    x (B, N) int64 in [0, V], V being the mask;  t (B, 1) or (B, N), read if t_conditioned;  label
+    (B,) in [0, n_classes], n_classes being the null class. The blocks see n patches of p tokens: a
+    patch is the concatenation of its tokens' embeddings, and one matrix leads back to tokens. n = N
+    and p = 1 unless the shape says otherwise.
     """
 
     def __init__(self, shape: Shape, role: str, t_conditioned: bool = False):
@@ -230,7 +235,7 @@ class Transformer(nn.Module):
         self.shape = shape
         self.role = role
         self.t_conditioned = t_conditioned
-        self.recompute = False      # the blocks' activations in the backward pass
+        self.recompute = False      # the blocks' activations, in the backward pass
         d = shape.n_embd
         d_token = d // shape.patch_size
         coarse = shape.coarse_grid
@@ -245,7 +250,8 @@ class Transformer(nn.Module):
         angles = rope_angles(coarse, shape.head_dim)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        frequency = torch.logspace(0, 1.5, N_LEVEL_FEATURES // 2)   # Apple GPUs have no logspace
+        # a buffer, since Apple GPUs have no logspace
+        frequency = torch.logspace(0, 1.5, N_LEVEL_FEATURES // 2)
         self.register_buffer("frequency", frequency, persistent=False)
         self.init_weights()
 
@@ -259,7 +265,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=EMBED_STD)
             else:  # heads, and what is added to the residual
                 nn.init.zeros_(p)
-        if self.t_conditioned:  # must not drown what each token is
+        if self.t_conditioned:  # of the tokens' size: the sines and cosines have norm sqrt(n / 2)
             nn.init.normal_(self.t_proj.weight, std=EMBED_STD / math.sqrt(N_LEVEL_FEATURES / 2))
 
     def hidden(
@@ -267,8 +273,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the head reads.  -> (B, N, D)
 
-        kv_cache: x are then frames that follow those it holds, and it keeps the first n_keep of
-        them
+        kv_cache: x are then the frames after those that it holds, and it keeps the first n_keep
         """
         return self.of_tokens(self.residual(x, t, label, kv_cache, n_keep))
 
@@ -278,7 +283,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The last residual of the patches, normalised.  -> (B, n, D)
 
-        below (B, n, D): the residual of a network that this one stands on
+        below (B, n, D): the last residual of a trunk, which is added to the embeddings
         """
         n_frames = x.shape[1] // self.shape.frame_size  # 1 where the grid is no video
         h = self.to_patches(self.tok_emb(x)) + self.positions(n_frames)         # (B, n, D)
@@ -301,7 +306,7 @@ class Transformer(nn.Module):
         return norm(h)
 
     def of_tokens(self, h: Tensor) -> Tensor:
-        """From the patches back to their tokens.  (B, n, D) -> (B, N, D)"""
+        """From patches back to tokens.  (B, n, D) -> (B, N, D)"""
         return h if self.unpatch is None else norm(self.to_tokens(self.unpatch(h)))
 
     def label_tokens(self, label: Tensor) -> Tensor:
@@ -309,7 +314,7 @@ class Transformer(nn.Module):
         return norm(self.label_emb(label).view(len(label), N_LABEL_TOKENS, self.shape.n_embd))
 
     def to_patches(self, y: Tensor) -> Tensor:
-        """The tokens of each patch side by side; one level for all stands for each of them.
+        """Concatenate the tokens of each patch; a level that all tokens share is repeated.
 
         (B, N, D / p) -> (B, n, D), or (B, 1, D / p) -> (B, 1, D)
         """
@@ -331,8 +336,7 @@ class Transformer(nn.Module):
         return dict(r=r, c=c, pr=pr, pc=pc)
 
     def positions(self, n_frames: int) -> Tensor:
-        """Learned embeddings of positions; frames have none: motion is shift-invariant in time.  ->
-        (n, D)"""
+        """Learned position embeddings, none in time: motion is the same at any time.  -> (n, D)"""
         if not self.shape.is_video:
             return self.pos_emb.weight
         rows, columns = self.pos_emb.weight.split(self.shape.coarse_grid[1:])
@@ -341,10 +345,10 @@ class Transformer(nn.Module):
     def rope(
         self, first: int, n_frames: int,
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Rotations of the patches of some frames, for themselves and for the label.  -> (cos,
-        sin), (cos, sin)
+        """RoPE of frames first, ..., first + n_frames - 1, in self- and in cross-attention.
 
-        The label sees each frame as the first, so that a window can slide. Each (n, head_dim / 2).
+        To the label every frame is the first one, so that a window can slide.
+        ->  (cos, sin), (cos, sin), each (n, head_dim / 2)
         """
         if not self.shape.is_video:
             return (self.cos, self.sin), (self.cos, self.sin)
@@ -375,8 +379,8 @@ class Transformer(nn.Module):
 class TrunkPlanner(Transformer):
     """A planner of a few blocks on a denoiser's last residual: one pass of the trunk serves both.
 
-    net(x, t, label) -> (B, N) logits. The trunk is not part of it: it gets no gradient from here,
-    and is neither saved nor moved with it.
+    net(x, t, label) -> (B, N) logits. The trunk, the denoiser's blocks, is no part of this module:
+    it gets no gradient from here, and is neither saved nor moved with it.
     """
 
     def __init__(self, shape: Shape, trunk: Transformer):
@@ -388,6 +392,8 @@ class TrunkPlanner(Transformer):
         self.trunk_of = (trunk,)    # in a tuple, so that it is no submodule
 
     def residual(self, x: Tensor, t: Tensor, label: Tensor, *_, below: Tensor | None = None):
+        """As a Transformer's on the trunk's residual, asked for here unless it is given. There is
+        no cache."""
         if below is None:
             [trunk] = self.trunk_of
             with torch.no_grad():
@@ -405,7 +411,7 @@ class TrunkPlanner(Transformer):
 
     def both(self, x: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Denoiser and planner in one call.  -> logits (B, N, V) and (B, N)"""
-        return self(x, t, label, None, True)
+        return self(x, t, label, None, True)    # by __call__, for the hooks of runtime.place
 
 
 def level_features(t: Tensor, frequency: Tensor) -> Tensor:
@@ -428,18 +434,17 @@ MUP_KINDS = {
 
 
 def mup_kind(name: str) -> str:
-    """"matrix": both sides of the parameter grow with width; "embedding": one side does; "head":
-    the output layer."""
+    """The kind of a parameter: of a "matrix" both sides grow with width, of an "embedding" one
+    does, and "head" is the output layer."""
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
     return MUP_KINDS[module]
 
 
 def param_groups(net: Transformer, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups, each parameter in one: matrices at lr * base / width, the rest at lr; at base
-    width all at lr.
+    """AdamW groups, each parameter in one: matrices train at lr * base_width / width, others at lr.
 
-    Decay acts on matrices only and scales the other way, so that lr * decay is the same at every
-    width.
+    Weight decay acts on matrices only and scales the other way, so that lr * decay is the same at
+    every width.
     """
     ratio = net.shape.base_width / net.shape.n_embd
     lr_scale = {"matrix": ratio, "embedding": 1.0, "head": 1.0}

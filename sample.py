@@ -108,6 +108,10 @@ def plan_stages(flags: Flags, spec: methods.Spec) -> list[Stage]:
         known_options = {
             name: methods.options_of(methods.find_sampler(spec, name)) for name in names
         }
+    if sampler == "self_correct":
+        raise SystemExit(
+            "self_correct corrects what another sampler made: leave --sampler out, add --correct N"
+        )
     options = flags.sampler_options()
     for option in options:
         if not any(option in known_options[name] for name in names):
@@ -130,7 +134,7 @@ def plan_stages(flags: Flags, spec: methods.Spec) -> list[Stage]:
 
 
 def words_of(flags: Flags) -> list[str]:
-    """What names a folder besides the sampler and its options."""
+    """What a folder's name says besides the sampler and its options."""
     words = []
     if flags.labels:
         words.append("labels" + ".".join(flags.labels))
@@ -149,7 +153,8 @@ def words_of(flags: Flags) -> list[str]:
 
 
 def outlined(start: Start, spec: methods.Spec, n: int) -> np.ndarray | None:
-    """The known tokens of the first n samples, unless they are ids, which show themselves.
+    """The known tokens of the first n samples, to be outlined in pictures; None where the data says
+    which are known, as the walls of mazes: they need no outline.
 
     ->  (n, *grid) bool
     """
@@ -188,7 +193,7 @@ def write_files(
     flags: Flags, run: Run, start: Start, stage: Stage, folder: Path,
     moments: list[videos.Moment], decoder,
 ) -> None:
-    """samples.png and the video; prints how right the samples are where the data knows."""
+    """Write samples.png and the video, and print scores where the data has a measure of them."""
     spec = run.spec
     n = len(start.labels)
     has_score = start.known is not None and bool(spec.meta.get("score"))
@@ -237,7 +242,7 @@ def write_pngs(
 
 
 def write_missing_pngs(folder: Path, n: int, write: typing.Callable) -> None:
-    """Those of samples that were drawn without --png."""
+    """Write those of samples that an earlier command drew without --png."""
     missing = [i for i in range(n) if not (folder / "png" / f"{i:08}.png").exists()]
     if missing:
         first, last = missing[0], missing[-1]
@@ -273,16 +278,19 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
 
 
 def check_scale(flags: Flags, spec: methods.Spec, start: Start, decoder) -> None:
-    """Refuse, before anything is sampled, a scale that the pictures do not fit."""
+    """Refuse, before anything is sampled, a --scale at which the pictures are too large."""
     is_alone = flags.n_video == 0 or (spec.is_video and spec.method.has_own_levels)
     has_third = start.real is not None or decoder is not None
-    n_tiles = 1 if is_alone else 3 if has_third else 2
+    if is_alone:
+        n_tiles = 1
+    else:
+        n_tiles = 3 if has_third else 2                 # tokens, planner's map, truth or picture
     blank = np.zeros((1, *start.grid), np.int64)
     pictures.pictures(blank, spec.meta, decoder, flags.scale, n_tiles)
 
 
 def n_in_video(flags: Flags, spec: methods.Spec, start: Start, decoder) -> int:
-    """How many samples the video shows; by their height, where no flag says it."""
+    """How many samples the video shows: N_VIDEO or fewer tall ones, unless --n-video says it."""
     n = min(len(start.labels), N_VIDEO if flags.n_video is None else flags.n_video)
     is_rollout = spec.is_video and spec.method.has_own_levels
     if flags.n_video is not None or is_rollout:

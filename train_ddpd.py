@@ -1,7 +1,7 @@
 """Train a planner and a denoiser, in one process or as many as torchrun starts.
 
 python train_ddpd.py digits
-The same command again resumes a run that was stopped; everything random is a function of (seed,
+The same command again resumes a run that was stopped: everything random is a function of (seed,
 iteration, micro-batch).
 """
 
@@ -66,14 +66,19 @@ def run(cfg: config.Config, stop: runtime.Stop, world: runtime.World) -> None:
                     opened = open_all(cfg, world, lock)
         if signal := stop.requested():
             raise SystemExit(128 + signal)
-        open_and_train(cfg, *(opened or open_all(cfg, world)), stop, world)
+        if opened is None:                              # the other ranks find them made
+            opened = open_all(cfg, world)
+        spec, splits, state = opened
+        build_and_train(cfg, spec, splits, state, stop, world)
 
 
 def open_all(
     cfg: config.Config, world: runtime.World, lock: ExitStack | None = None,
 ) -> tuple[methods.Spec, dict[str, data.Split], dict[str, Any] | None]:
-    """The data and the run's folder, locked if a lock is to be held.  -> spec, splits, checkpoint
-    or None"""
+    """The data and the run's folder, which stays locked as long as `lock` does.
+
+    ->  spec, splits, checkpoint or None
+    """
     folder = Path(cfg.out_dir)
     spec, splits = open_data(cfg)
     make_folder(folder)
@@ -82,10 +87,11 @@ def open_all(
     return spec, splits, open_run(cfg, spec, world)
 
 
-def open_and_train(
+def build_and_train(
     cfg: config.Config, spec: methods.Spec, splits: dict[str, data.Split],
     state: dict[str, Any] | None, stop: runtime.Stop, world: runtime.World,
 ) -> None:
+    """Train new networks, or those of a checkpoint, unless they are finished."""
     it = state["it"] if state else 0
     complaint = f"{cfg.out_dir} is at another iteration on another machine: all need one folder"
     runtime.require_same_everywhere(it, world, complaint)
@@ -122,7 +128,7 @@ def train(
     batches = Batches(cfg, spec, splits["train"], n_groups, training.ema["denoiser"])
     meter = LossMeter(cfg.out_dir, training.trained, world)
     clock = Clock(training.it, n_groups * cfg.batch_size * spec.shape.n_tokens)
-    validated_s = 0.0                                   # seconds of training at the last validation
+    validated_at_s = 0.0                                # seconds of training, at a validation
     bar = tqdm(
         total=cfg.max_iters, initial=training.it, disable=not world.is_main, dynamic_ncols=True,
         unit="it", mininterval=1,
@@ -130,8 +136,8 @@ def train(
     while training.it < cfg.max_iters:
         for micro in range(cfg.grad_accumulation_steps):
             tasks = batches.tasks(training.it, micro * world.size + world.rank)
-            is_last = micro == cfg.grad_accumulation_steps - 1
-            losses = backward(cfg, learners, tasks, world.device, is_last)
+            is_last_micro = micro == cfg.grad_accumulation_steps - 1
+            losses = backward(cfg, learners, tasks, world.device, is_last_micro)
             meter.add(losses, training.it)
         meter.add_norms(update_weights(cfg, training))
         training.it += 1
@@ -153,14 +159,14 @@ def train(
             bar.close()
             leave(cfg, signal, training.it, log, world)
         if is_last or is_due(training.it, cfg.eval_interval):
-            train_s = clock.seconds() - validated_s
-            validated_s = clock.seconds()
+            since_last_s = clock.seconds() - validated_at_s
+            validated_at_s = clock.seconds()
             with clock.paused(), runtime.main_alone(world) as is_mine:
                 if is_mine:
                     with stop.interrupting():
                         bar.write(validate_and_log(
                             cfg, spec, training.ema, splits["val"], training.it, log, world.device,
-                            train_s,
+                            since_last_s,
                         ))
     bar.close()
     if signal := stop.requested():
@@ -171,6 +177,7 @@ def train(
 def leave(
     cfg: config.Config, signal: int, it: int, log: logs.Log, world: runtime.World,
 ) -> None:
+    """Exit with the status of a signal, after a checkpoint."""
     if world.is_main:
         is_finished = it >= cfg.max_iters
         rest = "the last validation is left out" if is_finished else "the same command resumes"
@@ -180,14 +187,14 @@ def leave(
 
 
 def is_due(it: int, interval: int) -> bool:
-    """interval 0: never."""
+    """Is `it` a multiple of the interval?  interval 0: never"""
     return interval > 0 and it % interval == 0
 
 
 def log_losses(
     cfg: config.Config, it: int, epochs: float, meter: LossMeter, clock: Clock, log: logs.Log,
 ) -> str:
-    """A line of log.jsonl.  -> the same in words"""
+    """Write a line of log.jsonl.  -> the same in words, for the bar"""
     means = meter.mean()
     rate = clock.tokens_per_s(it)
     losses = {f"{name}_loss": round(value, 5) for name, value in means.items()}

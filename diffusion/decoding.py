@@ -14,7 +14,7 @@ from diffusion.randomness import Random, exponential, of_rows, uniform
 class State(NamedTuple):
     x: Tensor                   # (B, N) tokens after the step
     p_noise: Tensor             # (B, N) in [0, 1]: P(noise), without a planner 1 at masks
-    written: Tensor             # (B, N) bool: the sites written in this step
+    written: Tensor             # (B, N) bool: sites written in this step, or tokens that changed
     t: Tensor                   # (B,) noise level that the denoiser was given
     nfe: Tensor                 # (B,) network calls so far
 
@@ -52,7 +52,7 @@ def check_choice(name: str, value: str, choices) -> None:
 
 
 def check_at_least(**limits: tuple[float, float]) -> None:
-    """Refuse, by name, numbers under their limits.  name=(value, least)"""
+    """Refuse, by name, numbers below their limits.  name=(value, least)"""
     for name, (value, least) in limits.items():
         if not value >= least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -64,7 +64,7 @@ def cfg_logits(
 ) -> tuple[Tensor, int]:
     """Classifier-free guidance: unlabelled + guidance * (labelled - unlabelled), both in one batch.
 
-    arXiv:2207.12598.  As net(x, t, label, sites)  ->  logits, network calls (1 or 2)
+    arXiv:2207.12598.  Arguments as of a net  ->  its logits, network calls (1 or 2)
     """
     at_sites = () if sites is None else (sites,)
     if decoding.guidance == 1:
@@ -72,7 +72,7 @@ def cfg_logits(
     twice = [torch.cat([y, y]) for y in (x, t, *at_sites)]
     both_labels = torch.cat([label, torch.full_like(label, decoding.null_label)])
     both = net(twice[0], twice[1], both_labels, *twice[2:])
-    both = both.clamp(-1e4, 1e4)                        # two impossible ids have no difference
+    both = both.clamp(-1e4, 1e4)                        # -inf minus -inf would be NaN
     labelled, unlabelled = both.chunk(2)
     return unlabelled + decoding.guidance * (labelled - unlabelled), 2
 
@@ -94,7 +94,7 @@ def truncate_probs(logits: Tensor, decoding: Decoding) -> Tensor:
         return probs
     if decoding.top_p < 1:
         sorted_probs, order = probs.sort(-1, descending=True)
-        # the first to reach top_p stays
+        # the id that reaches top_p stays
         is_dropped = sorted_probs.cumsum(-1) - sorted_probs >= decoding.top_p
         probs = probs.masked_fill(is_dropped.scatter(-1, order, is_dropped), 0)
     if decoding.min_p:
@@ -108,7 +108,7 @@ def sample_categorical(probs: Tensor, generator: Random) -> Tensor:
 
 
 def invert_cdf(probs: Tensor, u: Tensor) -> Tensor:
-    """The id at which the CDF passes u, in float64 that keeps tails.  (..., V), (...) -> (...)"""
+    """The id at which the CDF passes u; float64 keeps small tails.  (..., V), (...) -> (...)"""
     cdf = probs.double().cumsum(-1)
     ids = torch.searchsorted(cdf, u[..., None] * cdf[..., -1:], right=True)
     return ids.clamp_max(probs.shape[-1] - 1)[..., 0]
@@ -130,20 +130,19 @@ def sample_at(
     denoiser: Callable | None, x: Tensor, t: Tensor, label: Tensor, where: Tensor,
     decoding: Decoding, generator: Random, logits: Tensor | None = None,
 ) -> Draw:
-    """Draw a token at every site of the mask `where`, in one network call for the rows that have
-    one.
+    """Draw a token wherever the mask `where` is true, by one network call on the rows that need it.
 
-    x, where (B, N), t (B, 1); logits (B, N, V) if they are known already  ->  Draw
+    x, where (B, N), t (B, 1); logits (B, N, V) of x, if they are known already  ->  Draw
     """
     p = torch.zeros(x.shape, device=x.device)
     calls = torch.zeros(len(x), dtype=torch.long, device=x.device)
     n_sites = where.sum(1, keepdim=True)
-    rows = n_sites[:, 0].nonzero()[:, 0]                                # (b,) that have a site
+    rows = n_sites[:, 0].nonzero()[:, 0]                                # (b,) that have any
     if len(rows) == 0:
         return Draw(x, p, calls)
     n_sites = n_sites[rows]
     n_most = int(n_sites.max())
-    sites = where[rows].int().topk(n_most).indices                      # (b, K), padded
+    sites = where[rows].int().topk(n_most).indices      # (b, K), a row's own first, then any others
     is_site = torch.arange(n_most, device=x.device) < n_sites           # (b, K) bool
     if logits is None:
         seen = (x[rows], t[rows], label[rows])
@@ -152,6 +151,7 @@ def sample_at(
     else:
         logits = logits[rows].gather(1, sites[..., None].expand(-1, -1, logits.shape[-1]))
     probs = truncate_probs(logits[is_site].float(), decoding)           # (n, V)
+    # one number for every token, so that a draw does not depend on which others are asked for
     u = uniform((len(rows), x.shape[1]), of_rows(generator, rows), x.device, torch.float64)
     drawn = invert_cdf(probs, u.gather(1, sites)[is_site])              # (n,)
     ids = x[rows].gather(1, sites)
@@ -165,7 +165,7 @@ def sample_at(
 def race_keys(weight: Tensor, generator: Random) -> Tensor:
     """Keys whose descending order is a draw without replacement in proportion to weight.
 
-    An exponential race in float64, for float32 would cut its tails; weight 0 has key 0.
+    An exponential race, in float64 because float32 would cut its tails; weight 0 has key 0.
     (B, N) -> (B, N)
     """
     return weight.double() / exponential(weight.shape, generator, weight.device)

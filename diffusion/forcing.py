@@ -27,18 +27,18 @@ from diffusion.randomness import Random, integers
 
 
 def scheduling_matrix(n_steps: int, n_frames: int, lag: int, block: int = 1) -> Tensor:
-    """Noise level of each frame after each step: blocks of frames fall from 1 to 0, `lag` steps
-    after one another.
+    """Noise level of each frame before each step and at the end: blocks of frames fall from 1 to 0,
+    each `lag` steps after the one before it.
 
     lag 0: the full sequence at once; lag = n_steps: autoregressive; between: the pyramid
-    (arXiv:2407.01392, fig. 3) ->  (n_steps + lag * (blocks - 1) + 1, n_frames)
+    (arXiv:2407.01392, fig. 3)  ->  (n_steps + lag * (blocks - 1) + 1, n_frames)
     """
     if min(n_steps, n_frames, block) < 1 or lag < 0:
         raise ValueError(
             f"n_steps {n_steps}, n_frames {n_frames}, block {block} must be at least 1, "
             f"and lag {lag} not negative"
         )
-    first_row = lag * (torch.arange(n_frames) // block)  # at which a frame begins to fall
+    first_row = lag * (torch.arange(n_frames) // block)  # from which a frame falls
     row = torch.arange(n_steps + int(first_row[-1]) + 1)[:, None]
     return (1 - (row - first_row) / n_steps).clamp(0, 1)
 
@@ -46,11 +46,10 @@ def scheduling_matrix(n_steps: int, n_frames: int, lag: int, block: int = 1) -> 
 def rollout_levels(
     grid: list[int], n_steps: int, frames: int = 0, lag: int = -1, context_frames: int = 0,
 ) -> Tensor:
-    """The scheduling matrix of a rollout, with context frames at level 0; one column for grids that
-    are no video.
+    """The scheduling matrix of a rollout, with context frames at level 0.  -> (R, F)
 
-    lag -1: frame by frame; 0: all together, one window after another; frames 0: as many as the grid
-    has  ->  (R, F)
+    frames  in all, 0: as many as the grid has; a grid that is no video is one frame
+    lag     -1: frame by frame; 0: all frames together, one window after another
     """
     if len(grid) != 3:
         return scheduling_matrix(n_steps, 1, 0)
@@ -70,9 +69,10 @@ def draw_levels(
 ) -> tuple[Tensor, Tensor]:
     """Noise levels for training, and which frames enter the loss.  -> two (n, n_frames)
 
-    granularity  "frame" or "token": independent levels, but for a rollout_share of rows, which look
-                 like a rollout's; "shared": one level for all frames after the context, which is
-                 clean; "next": frame by frame only
+    granularity  "frame": independent levels, except in a share rollout_share of the rows, which are
+                 like rows of a rollout; "token": the same, n_frames being the number of tokens, and
+                 rollouts having one level for all; "shared": one level for all frames after the
+                 context, which is clean; "next": rows of frame-by-frame rollouts only
     """
     independent = torch.rand(n, n_frames, generator=generator)
     order = torch.arange(n_frames)
@@ -81,8 +81,8 @@ def draw_levels(
         levels = stratified_t(n, generator).expand(n, n_frames)
         return levels.masked_fill(is_context, 0), ~is_context
 
-    u, *draws = torch.rand(6, n, 1, generator=generator)
-    is_rollout = u < (1.0 if granularity == "next" else rollout_share)
+    u_rollout, *draws = torch.rand(6, n, 1, generator=generator)
+    is_rollout = u_rollout < (1.0 if granularity == "next" else rollout_share)
     if granularity == "token":
         levels = torch.where(is_rollout, independent[:, :1], independent)
         return levels, torch.ones(n, n_frames, dtype=torch.bool)
@@ -93,28 +93,29 @@ def draw_levels(
 
 
 def draw_rollout_rows(
-    level: Tensor, draws: list[Tensor], n_frames: int, granularity: str, context_frames: int,
+    u_progress: Tensor, draws: list[Tensor], n_frames: int, granularity: str, context_frames: int,
 ) -> tuple[Tensor, Tensor]:
     """Rows of scheduling matrices of any lag, from uniform draws (n, 1).  -> as draw_levels
 
-    Independent levels hardly ever show what a rollout asks for, exact zeros and ones beside each
-    other. Here frames fall after `context_frames` or more finished ones. In half of the rows
-    nothing is seen yet of the first frame that falls. The past may begin late, with frames before
-    it at level 1 as if unknown (histories of any length: arXiv:2502.06764), and for "frame" it is a
-    little noisy in a tenth of the rows. Frames that are finished or have not begun to fall are
-    excluded from the loss.
+    Independent levels hardly ever show what a rollout asks for: exact zeros and ones beside each
+    other. Here frames fall after `context_frames` or more finished ones, the past. In half of the
+    rows the first falling frame is still at level 1. The past may begin late, with the frames
+    before it at level 1 as if unknown (histories of any length: arXiv:2502.06764), and for "frame"
+    it is a little noisy in a tenth of the rows. Only frames that are falling, or about to, enter
+    the loss.
     """
-    is_unseen, lag, first, start, past_level = draws
+    u_unseen, u_lag, u_first, u_start, u_past = draws
     order = torch.arange(n_frames)
     if granularity == "next":
-        lag = torch.ones_like(lag)
-        past_level = torch.zeros_like(past_level)
+        lag = torch.ones_like(u_lag)
+        past_level = torch.zeros_like(u_past)
     else:
-        lag = (5 * lag ** (1 / 3)).floor() / 4                  # over n_steps; mostly long ones
-        past_level = (past_level - 0.9).clamp_min(0)
-    first_falling = context_frames + ((n_frames - context_frames) * first).floor()
-    past_start = ((first_falling - context_frames + 1) * start).floor()
-    progress = torch.where(is_unseen < 0.5, 0.0, level) - lag * (order - first_falling)
+        lag = (5 * u_lag ** (1 / 3)).floor() / 4        # over n_steps: 0, 1/4, ..., 1; 1 in half
+        past_level = (u_past - 0.9).clamp_min(0)
+    first_falling = context_frames + ((n_frames - context_frames) * u_first).floor()
+    past_start = ((first_falling - context_frames + 1) * u_start).floor()
+    progress_of_first = torch.where(u_unseen < 0.5, 0.0, u_progress)
+    progress = progress_of_first - lag * (order - first_falling)
     levels = torch.where(order < first_falling, past_level, (1 - progress).clamp(0, 1))
     levels = levels.masked_fill(order < past_start, 1)
     return levels, (order >= first_falling) & (progress >= 0)
@@ -125,9 +126,9 @@ def forcing_tasks(
     generator: torch.Generator, known: Tensor | None = None, *, weight: str = "none",
     clean_token_rate: float = 1.0,
 ) -> dict[str, Task]:
-    """GIDD's loss with a level for each frame, which the denoiser is told.  -> {network: Task}
+    """GIDD's loss with a level for each frame, which is an input of the denoiser.
 
-    levels and loss_mask (B, F), F frames of N / F tokens
+    x0 (B, N), levels and loss_mask (B, F), F frames of N / F tokens  ->  {network: Task}
     """
     frame_size = x0.shape[1] // levels.shape[1]
     t = levels.repeat_interleave(frame_size, 1)
@@ -152,17 +153,18 @@ def rollout(
     context_level: float = 0.0, kv_cache=None, reward: Callable | None = None,
     reward_weight: float = 1.0, particles: int = 1, n_draws: int = 1, **decoding,
 ) -> Iterator[State]:
-    """Every frame falls from noise to data along a column of levels, by the posterior at its level.
+    """Denoise frames along the columns of a scheduling matrix, by the posterior at each own level.
 
     x (B, N) pure noise but for known tokens, levels (R, F) as of rollout_levels, F frames of N / F
-    tokens  ->  yields State, one for each row in which frames fall.
+    tokens  ->  yields State, one for each step in which frames fall
     window     frames that the denoiser sees, 0: all; it slides, with the latest falling frame at
-               its end. Where there are fewer frames the missing ones are noise, and dropped
-    stabilization_level, context_level   noise levels told of finished frames and of known tokens,
-               so that the denoiser may distrust them
+               its end. If there are fewer frames, it is filled up with noise that is dropped again
+    stabilization_level, context_level   noise levels that the denoiser is given for finished frames
+               and for known tokens, so that it may distrust them
     kv_cache   of a causal denoiser: finished frames are computed once
-    reward     predicted clean tokens (B, N) -> (B,). Rows are groups of `particles`, each of one
-               label and one `known`, that sample p(x) exp(reward_weight reward(x)) (particles.py)
+    reward     clean tokens (B, N) -> (B,): sample p(x) exp(reward_weight reward(x)) by sequential
+               Monte Carlo. Rows are groups of `particles` with one label and one `known` each; the
+               reward is expected over n_draws predictions (particles.py)
     """
     options = Decoding(**decoding)
     noise = Noise(process, int(x.max()) if vocab is None else vocab, p_uniform)
@@ -208,16 +210,16 @@ def rollout(
         if swarm and i == steps[-1]:
             rows = swarm.reweight_and_resample(reward(x[:, :n_tokens]), always=True)
             x, p_noise, written = (y[rows] for y in (x, p_noise, written))
-        mean_t = view.t.sum(1) / (view.t > 0).sum(1).clamp_min(1)
-        shown = (y[:, :n_tokens] for y in (x.clone(), p_noise, written))
-        yield State(*shown, mean_t, nfe)
+        mean_t = view.t.sum(1) / (view.t > 0).sum(1).clamp_min(1)           # of noisy tokens
+        now = x[:, :n_tokens].clone()
+        yield State(now, p_noise[:, :n_tokens], written[:, :n_tokens], mean_t, nfe)
 
 
 class View(NamedTuple):
     """The tokens that one step of a rollout sees and writes."""
-    seen: slice                 # of x: n tokens, those of the window's frames
-    falling: slice              # of x: those of the frames that fall
-    falling_in_seen: slice      # of the n tokens seen
+    seen: slice                 # of x: the n tokens of the window's frames
+    falling: slice              # of x: the tokens of the frames that fall
+    falling_in_seen: slice      # the same, of the n tokens seen
     t: Tensor                   # (B, n) level before the step, 0 at known tokens
     s: Tensor                   # (B, n) level after it
     editable: Tensor            # (B, n) bool
@@ -242,7 +244,7 @@ def view_of_step(t: Tensor, s: Tensor, window: int, kv_cache, editable: Tensor) 
 
 
 def visible_frames(falling: list[int], n_frames: int, window: int, kv_cache) -> tuple[int, int]:
-    """The frames that the denoiser sees while some fall.  -> first, end"""
+    """The frames that the denoiser sees while some fall: first, ..., end - 1.  -> first, end"""
     end = falling[-1] + 1
     if kv_cache is None:
         end = max(end, min(window, n_frames))
@@ -260,7 +262,7 @@ def ask_denoiser(
     denoiser: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding, kv_cache,
     n_finished: int,
 ) -> tuple[Tensor, int]:
-    """-> logits (B, n, V), network calls"""
+    """Ask through the cache, or with guidance.  -> logits (B, n, V), network calls"""
     if kv_cache is not None:
         return denoiser(x, t, label, None, kv_cache, n_finished), 1
     return cfg_logits(denoiser, x, t, label, options)
@@ -269,7 +271,10 @@ def ask_denoiser(
 def draw_fall(
     x: Tensor, probs: Tensor, p_at_x: Tensor, view: View, noise: Noise, generator: Random,
 ) -> Tensor:
-    """New tokens of the frames that fall, from the posterior at each token's own level."""
+    """New tokens of the frames that fall, from the posterior at each token's own level.
+
+    x (B, N); probs (B, n, V) and p_at_x (B, n) of the tokens seen  ->  (B, falling tokens)
+    """
     at = view.falling_in_seen
     old = x[:, view.falling]
     t, s = view.t[:, at], view.s[:, at]
@@ -304,7 +309,10 @@ def pad_to_window(
     x: Tensor, editable: Tensor, levels: Tensor, window: int, noise: Noise,
     generator: Random,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise frames behind the last one, where the window holds more; known frames at level 0."""
+    """Append frames of noise up to the window's length, and put known frames at level 0.
+
+    ->  x, editable, levels
+    """
     frame_size = x.shape[1] // levels.shape[1]
     n_missing = max(0, window - levels.shape[1])
     if n_missing:

@@ -13,24 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.objectives import Task, denoiser_loss, level_per_token
+from diffusion.objectives import Task, denoiser_loss, flat_sites, level_per_token
 from diffusion.processes import T_MAX, T_MIN, Noise, corrupt, require_posterior
 
-CPU_BLOCK_LOGITS = 2**18    # at once on a CPU: nine passes are made over them, so they fit a cache
+CPU_BLOCK_LOGITS = 2**18    # at a time on a CPU: nine passes run over them, so they fit its cache
 
 
 def token_weights(x0: Tensor, z: Tensor, t: Tensor, noise: Noise, weight: str) -> Tensor:
     """The weight of each token's loss.  x0, z (noisy tokens) and t (n,) -> (n,)
 
-    "dynamic": 1 / odds_power at a mask (2 for hybrid noise), 1 at another token, o / (1 + o) at the
-    clean token, with o the odds of noise that looks like it; "elbo": that times odds_power /
-    (t (1 - t)), as the bound has it; "clip": elbo, at most 1; "none": 1
+    "elbo": the rate d log(odds) / dt at which noise gains on the clean token. For redraws this is
+        odds_power / (t (1 - t)), for masks 1 / (t (1 - t)); where z = x0 it is multiplied by the
+        probability that z is noise, o / (1 + o), with o the odds of noise that looks like x0
+    "dynamic": elbo divided by its value at a wrong token, hence 1 there, 1 / odds_power at a mask
+        (2 for hybrid noise) and o / (1 + o) at the clean token
+    "clip": elbo, at most 1
+    "none": 1
     """
     if weight == "none":
         return torch.ones_like(t)
     require_posterior(noise)
     _, _, redraw, _ = noise.row.weights(t, noise.p_uniform)
-    odds = redraw / (noise.vocab * (1 - t))
+    odds = redraw / (noise.vocab * (1 - t))             # of noise that looks like x0
     visible = torch.where(z == x0, odds / (1 + odds), 1.0)
     dynamic = torch.where(z == noise.vocab, 1 / noise.row.odds_power, visible)
     if weight == "dynamic":
@@ -44,19 +48,22 @@ def gidd_tasks(
     known: Tensor | None = None, *, weight: str = "dynamic", clean_token_rate: float = 1.0,
     loss_mask: Tensor | None = None,
 ) -> dict[str, Task]:
-    """One denoiser on all tokens by the bound's loss, or by CE at noise tokens (weight "none").
+    """One denoiser learns all tokens by the bound's loss, or noise tokens by CE (weight "none").
 
-    t (B, 1), or (B, N) with a level for each token  ->  {network: Task}. Nothing is learned at
-    level 0, of known tokens, or outside of loss_mask (B, N). Of the clean tokens a share
-    clean_token_rate enters, weighted up: the same loss on average.
+    x0 (B, N), label (B,), t (B, 1), or (B, N) with a level for each token  ->  {network: Task}
+    clean_token_rate  share of the clean tokens that enter the loss, weighted by its inverse: the
+                      same loss on average, at less cost of the head
+    Tokens at level 0, known tokens and those outside of loss_mask (B, N) do not enter the loss.
     """
     level = level_per_token(t, x0, known)
-    is_asked = level > 0 if loss_mask is None else (level > 0) & loss_mask
+    is_asked = level > 0
+    if loss_mask is not None:
+        is_asked &= loss_mask
     xt, is_noise = corrupt(x0, level, noise, generator)
-    is_in = torch.rand(x0.shape, generator=generator) < clean_token_rate
-    if weight == "none" or noise.only_masks:
-        is_in = is_noise
-    sites = (((xt != x0) | is_in) & is_asked).flatten().nonzero()[:, 0]
+    is_kept = torch.rand(x0.shape, generator=generator) < clean_token_rate
+    if weight == "none" or noise.only_masks:            # clean tokens have no loss
+        is_kept = is_noise
+    sites = flat_sites(is_asked & ((xt != x0) | is_kept))
     target = x0.flatten()[sites]
     if weight == "none":
         return {"denoiser": Task(xt, t, label, sites, target, denoiser_loss)}
@@ -95,16 +102,19 @@ class GiddLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, x0, z, t, weight, noise):
         n, vocab = logits.shape
-        n_rows = max(1, CPU_BLOCK_LOGITS // vocab) if logits.device.type == "cpu" else max(1, n)
+        n_rows = max(1, n)                              # at a time: all, where there are any
+        if logits.device.type == "cpu":
+            n_rows = max(1, CPU_BLOCK_LOGITS // vocab)
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         losses = []
         for start in range(0, n, n_rows):
             rows = slice(start, start + n_rows)
             block = (logits[rows], x0[rows], z[rows], t[rows], weight[rows])
+            grad_block = None if grad is None else grad[rows]
             with torch.autocast(logits.device.type, enabled=False):     # bfloat16 would spoil sums
-                losses.append(loss_and_grad(*block, noise, None if grad is None else grad[rows]))
+                losses.append(loss_and_grad(*block, noise, grad_block))
         ctx.save_for_backward(grad)
-        return torch.cat(losses) if losses else weight
+        return torch.cat(losses) if losses else weight  # no tokens: weight is empty too
 
     @staticmethod
     def backward(ctx, upstream):
@@ -121,14 +131,16 @@ def loss_and_grad(
     vocab = logits.shape[1]
     a, _, c, total = noise.row.weights(t, noise.p_uniform)
     b = c / vocab
-    ratio = a / b.clamp_min(torch.finfo(logits.dtype).tiny)             # a / b
+    ratio = a / b.clamp_min(torch.finfo(logits.dtype).tiny)
     probs = logits.softmax(-1)                                          # (n, V)
     at_x0_and_z = torch.stack([x0, z.clamp_max(vocab - 1)], 1)          # (n, 2)
     p_x0, p_z = probs.gather(1, at_x0_and_z).unbind(1)
     is_mask = z == vocab
     is_clean = z == x0
 
-    q = (probs * ratio[:, None]).add_(1)                                # (n, V): 1 + a p_j / b
+    # divided by b / C, q_t(j | p) is 1 + a p_j / b and q_t(j | x0) is 1, or 1 + a / b at x0; masks
+    # have the same probability in both, and cancel
+    q = (probs * ratio[:, None]).add_(1)                                # (n, V)
     sum_log_q = q.log().sum(-1)                                         # S
     kl = ((a + b) * ratio.log1p() - a * (ratio * p_x0).log1p() - b * sum_log_q) / total
     r = torch.where(is_clean, 1 + ratio, 1.0) / (1 + ratio * p_z)       # q_t(z | x0) / q_t(z | p)

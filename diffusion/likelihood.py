@@ -1,6 +1,5 @@
-"""Upper bounds on -log p(x0): expectations over t of what the elbo_* functions return.
-
-They return nats of each token.
+"""Upper bounds on -log p(x0). Each is the expectation over t of an elbo_* function, which returns
+nats per token.
 """
 
 import math
@@ -14,7 +13,7 @@ from diffusion.decoding import gather_at
 from diffusion.gidd import gidd_loss, token_weights
 from diffusion.processes import Noise, corrupt, split_planner_denoiser
 
-LEVEL_MIN = 1e-8            # truncated at T_MIN it is no bound: .19 nats too low on three tokens
+LEVEL_MIN = 1e-8            # at T_MIN it would be no bound: up to .19 nats too low on 3 tokens
 BATCH = 64                  # sequences at once, at most
 MAX_LOGITS = 2**24
 STRATA_PER_BLOCK = 32
@@ -54,7 +53,7 @@ def elbo_renoising(p_noise: Tensor, probs: Tensor, x: Tensor, x0: Tensor, t: Ten
     """Planner and denoiser in the chain that also re-noises, as uniform ancestral sampling does.
 
     sum over j != x of L_j - M_j + M_j log(M_j / L_j), with the rates L of the model and M of the
-    truth. Tight for exact networks.  As elbo_tau_leaping
+    truth. Tight for exact networks. Shapes as in elbo_tau_leaping
     """
     vocab = probs.shape[-1]
     redraw_rate = 1 / (vocab * (1 - t))[..., None]                      # to any one id
@@ -75,7 +74,7 @@ class Corrupted(NamedTuple):
     t: Tensor                   # (B, 1) noise level of the sequence
     levels: Tensor              # (B, N) noise level of each token, 0 where it is known
     noise: Noise
-    path: str                   # along which the levels rise
+    path: str                   # of levels_along
 
 
 # The bounds of each method's networks: (nets, batch) -> {name: nats (B, N)}
@@ -105,7 +104,7 @@ def single_bounds(nets: Nets, batch: Corrupted) -> Bounds:
 
 def planner_bounds(p_noise: Tensor, probs: Tensor, batch: Corrupted) -> Bounds:
     at = (p_noise, probs, batch.x, batch.x0, batch.t)
-    return {"renoise": elbo_renoising(*at), "leap": elbo_tau_leaping(*at)}
+    return {"renoise": elbo_renoising(*at), "leap": elbo_tau_leaping(*at)}      # tight one first
 
 
 def gidd_bound(nets: Nets, batch: Corrupted) -> Bounds:
@@ -113,7 +112,7 @@ def gidd_bound(nets: Nets, batch: Corrupted) -> Bounds:
 
 
 def forcing_bound(nets: Nets, batch: Corrupted) -> Bounds:
-    """The denoiser is told each token's level, and each path has a bound of its own."""
+    """The denoiser is given each token's level, and each path is a bound of its own."""
     logits = nets["denoiser"](batch.x, batch.levels.float(), batch.label)
     return {batch.path: elbo_gidd(logits.double(), batch)}
 
@@ -129,10 +128,10 @@ def elbo_gidd(logits: Tensor, batch: Corrupted) -> Tensor:
 
 
 def levels_along(path: str, u: Tensor, n_tokens: int, n_frames: int) -> tuple[Tensor, Tensor]:
-    """Levels on a path from data to noise, and how fast each rises: d level / du.
+    """Levels on a path from data (u = 0) to noise (u = 1), and how fast each rises: d level / du.
 
-    "shared": all tokens together, t = u^2; "frames": the last frame first, each as a square from 0
-    to 1 in its turn.  u (B, 1) in (0, 1)  ->  (B, N), (B, N)
+    "shared": all tokens together, t = u^2; "frames": one frame after another, the last one first,
+    each level the square of the progress in its turn.  u (B, 1) in (0, 1)  ->  (B, N), (B, N)
     """
     n_turns = 1 if path == "shared" else n_frames
     turn = (u * n_turns).floor()
@@ -150,12 +149,15 @@ def bits_per_token(
     paths: tuple[str, ...] = ("shared",), n_frames: int = 1, n_distinct: int = 0,
     max_logits: int = MAX_LOGITS, progress: Callable = iter,
 ) -> dict[str, tuple[float, float]]:
-    """Upper bounds on -log2 p(x0) / N, from one level for each sequence.
+    """Upper bounds on -log2 p(x0) / N, estimated with one noise level for each sequence.
 
-    t = u^2 with u stratified on (0, 1), so the weight is 2u. x0 (n, N), label (n,), bounds one of
-    the functions above; known (n, N) bool: tokens that are given and not counted. Where the first
-    n_distinct sequences are repeated the error is that of their means, as if drawn from the data.
-    progress wraps the batches.
+    The level is t = u^2 with u stratified on (0, 1), so the weight is dt/du = 2u: evenly drawn t
+    would have a heavy tail near 0.
+    x0 (n, N), label (n,); bounds: one of the functions above
+    known       (n, N) bool: tokens that are given, and not counted
+    n_distinct  x0 repeats its first n_distinct sequences, and the standard error is over these; 0:
+                all are distinct
+    progress    wraps the batches, as tqdm does
     ->  {bound: (bits per token, standard error)}, empty where the process has no closed form
     """
     if not noise.has_posterior:
@@ -163,26 +165,22 @@ def bits_per_token(
     n, n_tokens = x0.shape
     u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
     u = u.to(x0.device, torch.float64)[:, None]
-    order = torch.randperm(n, generator=generator)
+    order = torch.randperm(n, generator=generator)      # stratum -> sequence
     is_counted = torch.ones_like(x0, dtype=torch.bool) if known is None else ~known
-    nats = {}                                           # bound -> parts (b,) of sequences
+    nats = {}                                           # bound -> [(b,) of each batch]
     n_batch = max(1, min(BATCH, max_logits // (n_tokens * noise.vocab)))
-    for i in progress(torch.arange(n).split(n_batch)):
-        row = order[i]
+    for strata in progress(torch.arange(n).split(n_batch)):
+        rows = order[strata]
         for path in paths:
-            levels, speed = levels_along(path, u[i], n_tokens, n_frames)
-            t = levels[:, :1].clamp(LEVEL_MIN, 1 - LEVEL_MIN)
-            if path == "shared":
-                levels = levels.clamp(LEVEL_MIN, 1 - LEVEL_MIN)
-            levels = levels * is_counted[row]
-            clean = x0[row]
-            x, _ = corrupt(clean.cpu(), levels.cpu(), noise, generator)
-            x = x.to(x0.device)
-            batch = Corrupted(x, clean, label[row], t, levels, noise, path)
+            levels, speed = levels_along(path, u[strata], n_tokens, n_frames)
+            batch = corrupt_batch(
+                x0[rows], label[rows], levels, is_counted[rows], noise, path, generator
+            )
             for name, per_token in bounds(nets, batch).items():
-                counted = torch.where(is_counted[row], per_token, 0.0)
+                counted = torch.where(is_counted[rows], per_token, 0.0)
                 nats.setdefault(name, []).append((speed * counted).sum(1))
-    unit = is_counted.sum(1).double().mean() * math.log(2)      # of a sequence, in nats
+    # nats of a sequence that are one bit per token
+    unit = is_counted.sum(1).double().mean() * math.log(2)
     out = {}
     for name, parts in nats.items():
         bits = torch.cat(parts) / unit
@@ -194,11 +192,26 @@ def bits_per_token(
     return out
 
 
-def mean_and_clustered_error(y: Tensor, sequence: Tensor, n: int) -> tuple[float, float]:
-    """Mean of y (r * n,) in the order of strata, and the standard error over n sequences.
+def corrupt_batch(
+    x0: Tensor, label: Tensor, levels: Tensor, is_counted: Tensor, noise: Noise, path: str,
+    generator: torch.Generator,
+) -> Corrupted:
+    """Noise drawn on the host, so that it is the same for every device.  levels (B, N) of a path"""
+    t = levels[:, :1].clamp(LEVEL_MIN, 1 - LEVEL_MIN)
+    if path == "shared":        # along frames, those at 0 and 1 are exactly data and noise
+        levels = levels.clamp(LEVEL_MIN, 1 - LEVEL_MIN)
+    levels = levels * is_counted
+    x, _ = corrupt(x0.cpu(), levels.cpu(), noise, generator)
+    return Corrupted(x.to(x0.device), x0, label, t, levels, noise, path)
 
-    What all sequences share, the bound's dependence on the level, is no error: the levels are
-    stratified. It is taken out by blocks of neighbouring strata.
+
+def mean_and_clustered_error(y: Tensor, sequence: Tensor, n: int) -> tuple[float, float]:
+    """Mean of y (r * n,) in the order of strata, and its standard error over n sequences.
+
+    How the bound varies with the level is no error, since the levels are stratified. It is removed
+    by subtracting the mean of each block of neighbouring strata.
+
+    sequence (r * n,): the sequence in [0, n) that each y is of
     """
     blocks = y.tensor_split(max(1, len(y) // STRATA_PER_BLOCK))
     residual = torch.cat([block - block.mean() for block in blocks])
@@ -208,7 +221,8 @@ def mean_and_clustered_error(y: Tensor, sequence: Tensor, n: int) -> tuple[float
 
 
 def mean_and_error(y: Tensor) -> tuple[float, float]:
-    """Mean of stratified draws (n,) and its error: neighbouring strata differ by noise alone."""
+    """Mean of stratified draws (n,), and its standard error from differences of neighbouring
+    strata, which differ by noise alone."""
     n = len(y)
     differences = y[: n - n % 2].view(-1, 2).diff(dim=1)
     return y.mean().item(), differences.square().sum().sqrt().item() / n

@@ -1,6 +1,7 @@
 """What a planner and a denoiser learn from a batch of tokens (DDPD, arXiv:2410.06264).
 
-A Task is made on the host, where shapes are known: no training step waits for the device.
+A Task is made on the host, since the number of its sites depends on the noise: counted on the
+device, it would make every training step wait.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class Task(NamedTuple):
             return self
 
         def move(y: Tensor) -> Tensor:
-            if device.type == "cuda":                   # copied while the host goes on
+            if device.type == "cuda":                   # copied while the host works on
                 return y.pin_memory().to(device, non_blocking=True)
             return y.to(device)
 
@@ -48,6 +49,11 @@ def denoiser_loss(logits: Tensor, x0: Tensor) -> Tensor:
     return F.cross_entropy(logits, x0, reduction="none")
 
 
+def flat_sites(is_asked: Tensor) -> Tensor:
+    """Where a mask (B, N) is true, as indices into the flattened (B * N).  -> (n,)"""
+    return is_asked.flatten().nonzero()[:, 0]
+
+
 def level_per_token(t: Tensor, x0: Tensor, known: Tensor | None) -> Tensor:
     """The noise level of each token, 0 where it is known.  t (B, 1) or (B, N) -> (B, N)"""
     t = t.expand(x0.shape)
@@ -60,8 +66,7 @@ def planner_task(
 ) -> Task:
     """Which tokens are noise?  The loss covers all unknown tokens (arXiv:2410.06264, eq. 8)."""
     xt, is_noise = corrupt(x0, level_per_token(t, x0, known), noise, generator)
-    is_asked = torch.ones_like(is_noise) if known is None else ~known
-    sites = is_asked.flatten().nonzero()[:, 0]
+    sites = flat_sites(torch.ones_like(is_noise) if known is None else ~known)
     return Task(xt, t, label, sites, is_noise.flatten()[sites].float(), planner_loss)
 
 
@@ -69,16 +74,17 @@ def denoiser_task(
     x0: Tensor, t: Tensor, label: Tensor, noise: Noise, generator: torch.Generator,
     known: Tensor | None = None, at: str = "noise",
 ) -> Task:
-    """What was this token?  Asked at "noise" or at "all" tokens.
+    """What was this token?  The loss covers noise tokens (at "noise"), or unknown ones ("all").
 
-    At noise tokens it learns p(x0 | x_t, noise), a leave-one-out prediction; at all p(x0 | x_t).
+    On noise tokens a network learns the leave-one-out prediction p(x0 | x_t, noise here), on all of
+    them the x0-prediction p(x0 | x_t).
     """
     xt, is_noise = corrupt(x0, level_per_token(t, x0, known), noise, generator)
     if at == "noise":
         is_asked = is_noise
     else:
         is_asked = torch.ones_like(is_noise) if known is None else ~known
-    sites = is_asked.flatten().nonzero()[:, 0]
+    sites = flat_sites(is_asked)
     return Task(xt, t, label, sites, x0.flatten()[sites], denoiser_loss)
 
 
@@ -89,47 +95,13 @@ def pair_tasks(
     """Planned denoising: BCE of the planner, and CE of the denoiser on noise of its own.
 
     x0 (B, N), t (B, 1), label (B,); known (B, N) bool: tokens never corrupted nor asked for
-    ->  {network: Task}.  `noise` is the denoiser's; where that is masks the planner sees uniform
-    noise.
+    ->  {network: Task}.  `noise` is the denoiser's; if it has masks, the planner sees uniform noise
+    instead.
     """
     return {
         "planner": planner_task(x0, t, label, noise.without_masks(), generator, known),
         "denoiser": denoiser_task(x0, t, label, noise, generator, known),
     }
-
-
-class Fill(NamedTuple):
-    """Data of which some tokens were masked, and filled by a denoiser."""
-    x: Tensor                   # (n, N) int64
-    is_written: Tensor          # (n, N) bool: filled, be it with x0
-
-    def wrong(self, x0: Tensor, label: str) -> Tensor:
-        """What a planner is to find: tokens that "differs" from x0, or "written" ones.  (n, N)"""
-        return self.x != x0 if label == "differs" else self.is_written
-
-
-def with_fills(task: Task, x0: Tensor, fill: Fill, label: str) -> Task:
-    """A planner's task whose first n rows are fills. Which of their tokens were masked is not
-    shown.  x0 (B, N)"""
-    n = len(fill.x)
-    xt = torch.cat([fill.x, task.xt[n:]])
-    wrong = torch.cat([fill.wrong(x0[:n], label), torch.zeros_like(xt[n:], dtype=torch.bool)])
-    is_fill = task.sites < fill.x.numel()
-    target = torch.where(is_fill, wrong.flatten()[task.sites].float(), task.target)
-    return task._replace(xt=xt, target=target)
-
-
-def fill_task(
-    x0: Tensor, t: Tensor, label: Tensor, fill: Fill, fill_label: str, vocab: int,
-    known: Tensor | None = None,
-) -> Task:
-    """A planner's task on a sampler's states: which visible tokens are wrong?  x0 (B, N)"""
-    is_asked = fill.x != vocab
-    if known is not None:
-        is_asked &= ~known
-    sites = is_asked.flatten().nonzero()[:, 0]
-    target = fill.wrong(x0, fill_label).flatten()[sites].float()
-    return Task(fill.x, t, label, sites, target, planner_loss)
 
 
 def single_tasks(
@@ -138,6 +110,50 @@ def single_tasks(
 ) -> dict[str, Task]:
     """One network as both: an x0-prediction, from which sampling derives planner and denoiser."""
     return {"denoiser": denoiser_task(x0, t, label, noise, generator, known, at="all")}
+
+
+# A planner that learns from the denoiser's own draws
+
+
+class Fill(NamedTuple):
+    """Sequences in which some tokens were masked, and then filled in by a denoiser."""
+    x: Tensor                   # (n, N) int64
+    is_written: Tensor          # (n, N) bool: filled in, even if with x0
+
+    def wrong(self, x0: Tensor, fill_label: str) -> Tensor:
+        """The planner's target: tokens that differ from x0 ("differs"), or all that were filled in
+        ("written").  -> (n, N) bool"""
+        return self.x != x0 if fill_label == "differs" else self.is_written
+
+
+def with_fills(task: Task, x0: Tensor, fill: Fill, fill_label: str) -> Task:
+    """A planner's task with its first n rows replaced by fills.  x0 (B, N)
+
+    All their unknown tokens stay in the loss: the planner is not shown which were masked.
+    """
+    n = len(fill.x)
+    xt = torch.cat([fill.x, task.xt[n:]])
+    is_wrong = fill.wrong(x0[:n], fill_label).flatten()
+    is_in_fill = task.sites < fill.x.numel()            # sites are flat, and the fills come first
+    target = task.target.clone()
+    target[is_in_fill] = is_wrong[task.sites[is_in_fill]].float()
+    return task._replace(xt=xt, target=target)
+
+
+def fill_task(
+    x0: Tensor, t: Tensor, label: Tensor, fill: Fill, fill_label: str, vocab: int,
+    known: Tensor | None = None,
+) -> Task:
+    """A planner's task on states that may hold masks: which visible tokens are wrong?
+
+    x0 (B, N); masks (id vocab) and known tokens are not asked about
+    """
+    is_asked = fill.x != vocab
+    if known is not None:
+        is_asked &= ~known
+    sites = flat_sites(is_asked)
+    target = fill.wrong(x0, fill_label).flatten()[sites].float()
+    return Task(fill.x, t, label, sites, target, planner_loss)
 
 
 def drop_labels(label: Tensor, null_label: int, rate: float, generator: torch.Generator) -> Tensor:

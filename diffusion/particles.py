@@ -9,10 +9,9 @@ from diffusion.decoding import sample_categorical
 
 
 class Particles:
-    """Groups of sequences whose weights follow a reward as it becomes known.
+    """Groups of n consecutive rows, weighted by a reward that becomes clearer step by step.
 
-    reward: tokens (B, N) -> (B,);  n particles in each group of consecutive rows;  rewards are
-    means over n_draws
+    reward: clean tokens (B, N) -> (B,); its expectation is a mean over n_draws predictions
     """
 
     def __init__(
@@ -23,7 +22,8 @@ class Particles:
         self.weight = weight
         self.n = n
         self.n_draws = n_draws
-        self.counted_reward = torch.zeros(len(x), device=x.device)     # what resampling has used up
+        # of each row, as it was when the row was last resampled
+        self.counted_reward = torch.zeros(len(x), device=x.device)
         # a separate generator, so that SMC leaves the sampler's stream unchanged
         seed = generator.initial_seed() + 1
         self.generator = torch.Generator(x.device).manual_seed(seed)
@@ -31,10 +31,10 @@ class Particles:
     def expected_reward(
         self, x: Tensor, seen: slice, probs: Tensor, p_noise: Tensor, n_tokens: int,
     ) -> Tensor:
-        """Mean reward of clean tokens predicted at `seen`.
+        """Mean reward of x with the tokens at `seen` replaced by predictions where they are noise.
 
-        x (B, N), of which the first n_tokens count; probs (B, n, V), p_noise (B, n) at the tokens
-        seen  ->  (B,)
+        x (B, N), of which the first n_tokens are rewarded; probs (B, n, V) and p_noise (B, n) of
+        the tokens seen  ->  (B,)
         """
         total = torch.zeros(len(x), device=x.device)
         for _ in range(self.n_draws):
@@ -46,24 +46,26 @@ class Particles:
         return total / self.n_draws
 
     def reweight_and_resample(self, reward: Tensor, always: bool = False) -> Tensor:
-        """Weigh each row by what its reward (B,) has gained, and resample.  -> rows (B,) to keep"""
+        """Weight rows by what their reward (B,) has gained since they were last resampled, and
+        resample; the whole run then targets exp(weight * final reward).  -> rows (B,) to keep"""
         gain = reward - self.counted_reward
-        log_weights = self.weight * gain if self.weight else torch.zeros_like(gain)
+        log_weights = self.weight * gain if self.weight else torch.zeros_like(gain)  # 0 * inf: NaN
         rows, is_resampled = resample(log_weights, self.n, self.generator, always)
         self.counted_reward = torch.where(is_resampled, reward[rows], self.counted_reward)
         return rows
 
     def uniform_ids(self, x: Tensor, vocab: int) -> Tensor:
-        """In place of masks in frames that the denoiser does not see yet: rewards see no masks."""
+        """They stand for the masks of frames that are not seen yet: rewards take no masks."""
         return torch.randint(vocab, x.shape, generator=self.generator, device=x.device)
 
 
 def resample(
     log_weights: Tensor, n_particles: int, generator: torch.Generator, always: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Systematic resampling of groups whose effective size is under half (always: any that differ).
+    """Systematic resampling of the groups whose effective sample size is under half.
 
-    log_weights (B,), groups of n_particles rows  ->  rows (B,), is_resampled (B,) bool
+    log_weights (B,), groups of n_particles rows; always: of all groups whose weights differ
+    ->  rows (B,) to keep, is_resampled (B,) bool
     """
     groups = log_weights.view(-1, n_particles)
     if (groups.amax(1) == -torch.inf).any():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.randomness import Random, integers, uniform
 
-T_MIN = 1e-4            # the noise levels that networks are trained at
+T_MIN = 1e-4            # networks are trained at levels in [T_MIN, T_MAX]
 T_MAX = 1 - 1e-4
 
 
@@ -21,14 +21,15 @@ class Process(NamedTuple):
     """q(x_t | x_0) = P(keep) [x_0] + P(mask) [mask] + P(redraw) R(. | x_0), every token on its own.
 
     A new process is a row of PROCESSES, and its name among the choices of config.MethodOptions. At
-    t = 1 a token must be a mask, or uniform. For planned denoising P(keep) is 1 - t.
+    t = 1 all tokens must be masks, or all uniform. Planned denoising needs P(keep) = 1 - t.
     """
-    weights: Callable                   # (t, p_uniform) -> keep, mask, redraw and their sum
+    weights: Callable                   # (t, p_uniform) -> weights of keep, mask, redraw; their sum
     # R: (x0, t, vocab, generator) -> ids; None: uniform over all ids
     redraw: Callable | None = None
     starts_masked: bool = False         # pure noise is all masks; otherwise uniform ids
-    odds_power: float = 1.0             # redraw / keep grows as (t / (1 - t)) ** odds_power
-    level_power: float = 1.0            # every sampler's levels are u ** level_power, u even
+    # redraw / keep is proportional to (t / (1 - t)) ** odds_power: read by gidd.token_weights
+    odds_power: float = 1.0
+    level_power: float = 1.0            # samplers step through u ** level_power, u evenly spaced
 
 
 def mask_weights(t: Tensor, p_uniform: float):
@@ -40,14 +41,13 @@ def uniform_weights(t: Tensor, p_uniform: float):
 
 
 def hybrid_weights(t: Tensor, p_uniform: float):
-    """GIDD, arXiv:2503.04482 with gamma = 1: a share p_uniform of all tokens is redrawn at t =
-    1/2."""
+    """GIDD (arXiv:2503.04482) with gamma = 1: at t = 1/2 a token is redrawn with P = p_uniform."""
     redraw = 2 * p_uniform / (1 - p_uniform) * (t * (1 - t)).sqrt()
     return 1 - t, t, redraw, 1 + redraw
 
 
 PROCESSES = {
-    "mask": Process(mask_weights, starts_masked=True, odds_power=0.5),
+    "mask": Process(mask_weights, starts_masked=True, odds_power=0.5),      # hybrid at p_uniform 0
     "uniform": Process(uniform_weights),
     "hybrid": Process(hybrid_weights, starts_masked=True, odds_power=0.5, level_power=2),
 }
@@ -90,11 +90,11 @@ class Noise:
         return integers(self.vocab, shape, generator, device)
 
     def levels(self, n_steps: int) -> Tensor:
-        """The levels from 1 to 0 of a sampler with n_steps steps.  -> (n_steps + 1,)"""
+        """The levels of a sampler with n_steps steps, from 1 to 0.  -> (n_steps + 1,)"""
         return self.spaced(torch.tensor([1 - step / n_steps for step in range(n_steps + 1)]))
 
     def spaced(self, even: Tensor) -> Tensor:
-        """Evenly spaced levels in [0, 1] as samplers of this process have them."""
+        """Evenly spaced u in [0, 1]  ->  the levels at which samplers of this process step."""
         return even**self.row.level_power
 
 
@@ -129,7 +129,7 @@ def stratified_t(n: int, generator: torch.Generator, device="cpu") -> Tensor:
 
 
 def flip_rate_to_level(rate: float, noise: Noise) -> float:
-    """The noise level at which this share of the visible tokens is wrong."""
+    """The noise level at which this share of the visible tokens is wrong, rate < 1 - 1/V."""
     if noise.only_masks:
         raise ValueError(
             "with mask noise a visible token is certain at every level: there is no level to tell"
@@ -162,9 +162,11 @@ def planner_bce_floor(vocab: int) -> float:
     return (p_looks_clean * entropy).mean().item()
 
 
-# Two predictions of a token, not to be confused. An x0-prediction p(x0 | x_t) has seen the token
-# itself. A leave-one-out prediction p(x0 | all other tokens) has not; under uniform noise it equals
-# p(x0 | x_t, this token is noise). They agree at masks.
+# Predictions and posteriors
+#
+# There are two predictions of a token, not to be confused. An x0-prediction p(x0 | x_t) has seen
+# the token itself. A leave-one-out prediction p(x0 | all other tokens) has not; under uniform noise
+# it equals p(x0 | x_t, this token is noise). They agree at masks.
 
 
 def require_posterior(noise: Noise) -> None:
@@ -183,14 +185,15 @@ def to_leave_one_out(probs: Tensor, x: Tensor, t: Tensor, noise: Noise) -> Tenso
     """
     require_posterior(noise)
     keep, _, redraw = transition_probs(t, noise)
-    redraw = redraw / probs.shape[-1]
-    evidence = (redraw / (keep + redraw))[..., None]    # p(x_t | x0 != x_t) / p(x_t | x0 = x_t)
-    is_mask = (x == probs.shape[-1])[..., None]
-    evidence = torch.where(is_mask, 1.0, evidence)
-    at_x = x.clamp_max(probs.shape[-1] - 1)[..., None]
-    others = probs.scatter(-1, at_x, evidence * probs.gather(-1, at_x))
-    total = others.sum(-1, keepdim=True)                # 0 where a visible token is certain
-    return torch.where(total > 0, others / total.clamp_min(1e-30), probs)
+    vocab = probs.shape[-1]
+    redraw = redraw / vocab
+    ratio = (redraw / (keep + redraw))[..., None]       # p(x_t | x0 != x_t) / p(x_t | x0 = x_t)
+    is_mask = (x == vocab)[..., None]
+    ratio = torch.where(is_mask, 1.0, ratio)            # a mask is no evidence
+    at_x = x.clamp_max(vocab - 1)[..., None]
+    leave_one_out = probs.scatter(-1, at_x, ratio * probs.gather(-1, at_x))
+    total = leave_one_out.sum(-1, keepdim=True)         # 0 where a visible token is certain
+    return torch.where(total > 0, leave_one_out / total.clamp_min(1e-30), probs)
 
 
 def split_planner_denoiser(

@@ -1,7 +1,7 @@
 """Random numbers for samplers: from a torch.Generator, or from a stream for each sequence.
 
-Streams make a sample a function of its seed and its index alone: it is the same in any batch, on
-any number of processes, and after an interruption.
+With streams a sample depends on the seed and on its own index alone: it is the same in any batch,
+on any number of processes, and after an interruption.
 """
 
 import math
@@ -14,7 +14,7 @@ class Streams:
     """A stream of random numbers for each row of a batch: hashes of (key, number of the draw,
     position), by the finalizer of splitmix64 (Steele et al., 2014).
 
-    seed; index (B,) int64 of the sequences
+    index (B,) int64: the row's sequence, whose key is a hash of (seed, index)
     """
 
     def __init__(self, seed: int, index: Tensor):
@@ -23,7 +23,7 @@ class Streams:
         self.rows = torch.arange(len(index), device=index.device)
 
     def of_rows(self, rows: Tensor) -> "Streams":
-        """The streams of some rows; what they draw is drawn from the same streams."""
+        """A view of the streams of some rows (b,): its draws advance these streams."""
         view = object.__new__(Streams)
         view.keys = self.keys
         view.n_draws = self.n_draws
@@ -31,7 +31,7 @@ class Streams:
         return view
 
     def bits(self, shape: tuple[int, ...], n_bits: int) -> Tensor:
-        """Integers in [0, 2^n_bits), one draw of each row.  -> int64 of this shape (b, ...)"""
+        """Integers in [0, 2^n_bits): each row's next draw.  -> int64 of this shape (b, ...)"""
         assert shape[0] == len(self.rows)
         self.n_draws[self.rows] += 1
         draw = mix(self.keys[self.rows] + GOLDEN * self.n_draws[self.rows])         # (b,)
@@ -44,7 +44,7 @@ Random = torch.Generator | Streams
 
 
 def of_rows(generator: Random, rows: Tensor) -> Random:
-    """What rows of the batch draw from; a torch.Generator has one stream for all."""
+    """What these rows of the batch draw from; a torch.Generator has one stream for all rows."""
     return generator.of_rows(rows) if isinstance(generator, Streams) else generator
 
 

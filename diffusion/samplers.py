@@ -58,15 +58,15 @@ def ddpd(
     """Planned denoising (arXiv:2410.06264, alg. 1): a planner finds noise, a denoiser replaces it.
 
     x (B, N) int64 of uniform noise, label (B,)  ->  yields State, at most n_steps + refine of them
-    planner    None: the denoiser is an x0-prediction on uniform noise and serves as both, at once
-    schedule   how many sites: "one"; "fixed" k; "spread" expected noise left over steps left,
-               rounded up; "leap" each site by itself, with probability p_noise (t - s)/t on a fixed
-               clock: exact for many steps
+    planner    None: the denoiser is an x0-prediction on uniform noise, and one call serves as both
+    schedule   how many sites a step writes: "one"; "fixed": k; "spread": the expected number of
+               noise tokens divided by the steps left, rounded up; "leap": each token independently,
+               with probability p_noise (t - s)/t on a fixed clock, which is exact for many steps
     pick       which sites: in proportion to p_noise, or to its odds ("softmax" of the logits)
     denoiser_process  "mask": the denoiser reads x with a mask (id vocab) at every site, and where
-               a Bernoulli(p_noise) draw says noise; otherwise it reads x and is told t
+               a Bernoulli(p_noise) draw says noise; otherwise it reads x and is given t
     known      (B, N) bool, tokens that are never written, and excluded from the clock
-    stop       expected number of noise tokens under which a sequence is done; 0: spend all steps
+    stop       a sequence is done when fewer noise tokens are expected; 0: spend all steps
     refine     further steps of k sites, for all sequences; each makes samples less diverse
     """
     options = Decoding(temperature, top_k, top_p, guidance=guidance, null_label=null_label)
@@ -152,7 +152,7 @@ def p_noise_after(
     denoiser_process: str, known: Tensor | None = None, guidance: float = 1.0,
     planner_guidance: float = 1.0, null_label: int | None = None,
 ) -> Tensor:
-    """What one more network call says of ddpd's last State: P(noise) of its tokens.  -> (B, N)"""
+    """P(noise) of the tokens of ddpd's last State, by one more network call.  -> (B, N)"""
     options = Decoding(guidance=guidance, null_label=null_label)
     editable = editable_mask(last.x, known)
     t = mean_level(last.p_noise * ~last.written, editable)
@@ -192,7 +192,7 @@ def choose_sites(
 def check_ddpd(
     planner, schedule, pick, denoiser_process, vocab, planner_guidance, null_label,
 ) -> None:
-    """Refuse, by name, arguments that mean nothing."""
+    """Refuse, by name, arguments that are unknown or exclude each other."""
     check_choice("schedule", schedule, ("one", "fixed", "spread", "leap"))
     check_choice("pick", pick, ("proportional", "softmax"))
     fitting = [name for name, row in PROCESSES.items() if name == "mask" or not row.starts_masked]
@@ -212,7 +212,7 @@ def check_ddpd(
 
 
 def last(states: Iterator[State]) -> State:
-    """The final State of a sampler, the others forgotten on the way."""
+    """The final State of a sampler; earlier ones are not kept."""
     for state in states:
         final = state
     return final
@@ -230,8 +230,8 @@ def ancestral(
     """The reverse process: x_s from q(x_s | x_t, p), every token on its own.  -> yields State
 
     x (B, N) pure noise: masks (id vocab), or uniform noise for process "uniform". Exact as steps go
-    to infinity. With masks alone a step costs a sequence nothing in which it uncovers no token.
-    process    "mask", "uniform" or "hybrid" of p_uniform (arXiv:2503.04482)
+    to infinity. With mask noise a step costs no call for sequences in which it uncovers no token.
+    process    "mask", "uniform" or "hybrid" with p_uniform (arXiv:2503.04482)
     kind       "others": the denoiser is a leave-one-out prediction; "self": an x0-prediction, from
                which each step derives one (to_leave_one_out)
     """
@@ -272,7 +272,10 @@ def unmask_step(
     denoiser: Callable, x: Tensor, t: Tensor, s: Tensor, label: Tensor, editable: Tensor,
     noise: Noise, options: Decoding, generator: Random,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Uncover each mask with probability (t - s) / t.  -> x (B, N), is_masked (B, N), calls (B,)"""
+    """Uncover each mask with probability (t - s) / t.
+
+    ->  x (B, N), 1 at what was masked (B, N), calls (B,)
+    """
     is_masked = editable & (x == noise.vocab)
     sites = is_masked & (uniform(x.shape, generator, x.device) < (t - s) / t)
     t_input = t.clamp(T_MIN, T_MAX)
@@ -281,6 +284,20 @@ def unmask_step(
 
 
 # Samplers that start from masks
+
+
+# schedule -> share of tokens that are masked after a share r of the steps
+MASKED_SHARES = {
+    "linear": lambda r: 1 - r,
+    "arccos": lambda r: math.acos(r) / (math.pi / 2),
+    "cosine": lambda r: math.cos(r * math.pi / 2),
+    "square": lambda r: (1 - r) ** 2,
+}
+
+
+def masked_share(done: float, schedule: str) -> float:
+    """The share of tokens that are masked after a share `done` of the steps."""
+    return MASKED_SHARES[schedule](done)
 
 
 @torch.no_grad()
@@ -296,7 +313,7 @@ def confidence(
     schedule   a name in MASKED_SHARES; every step keeps at least one token
     order      which draws are kept: by "confidence", log-probability plus noise (1 - r) Gumbel, or
                "random"
-    temperature_end   where the temperature, falling linearly, ends; 0: it stays
+    temperature_end   the temperature falls linearly to this; 0: it is constant
     """
     options = Decoding(temperature, **decoding)
     check_choice("order", order, ("confidence", "random"))
@@ -333,20 +350,6 @@ def confidence(
         x = torch.where(sites, draw.x, x)
         nfe = nfe + draw.calls
         yield State(x.clone(), is_masked.float(), sites, t, nfe)
-
-
-# schedule -> share of tokens that are masked after a share r of the steps
-MASKED_SHARES = {
-    "linear": lambda r: 1 - r,
-    "arccos": lambda r: math.acos(r) / (math.pi / 2),
-    "cosine": lambda r: math.cos(r * math.pi / 2),
-    "square": lambda r: (1 - r) ** 2,
-}
-
-
-def masked_share(done: float, schedule: str) -> float:
-    """The share of tokens that are masked after a share `done` of the steps."""
-    return MASKED_SHARES[schedule](done)
 
 
 @torch.no_grad()
@@ -533,14 +536,14 @@ def p2(
 ) -> Iterator[State]:
     """Path planning (P2, arXiv:2502.03540): fill all masks, keep what a planner calls clean.
 
-    x (B, N) masks (id vocab)  ->  yields State, with p_noise of visible tokens as they were kept. A
-    step takes two network calls, the last only one, since it keeps all.
+    x (B, N) masks (id vocab)  ->  yields State, with the p_noise at which visible tokens were kept.
+    A step takes two network calls, except the last, which keeps all tokens and takes one.
     eta        factor on log P(clean) of tokens that were visible before: 0 never masks them again,
                above 1 they are masked more readily than fresh ones
     schedule   a name in MASKED_SHARES
-    As in the paper: the fill, its score by a planner that sees no masks, the largest scores kept,
-    eta. Not as there: one planner of noise scores fresh and visible tokens alike, where the paper
-    scores fresh ones by the denoiser's own probability; equal scores are kept in random order.
+    As in the paper, the planner scores the filled sequence, which has no masks, and the largest
+    scores are kept. Unlike there, the planner scores fresh and visible tokens alike, where the
+    paper takes the denoiser's own probability for fresh ones; ties are broken at random.
     """
     options = Decoding(**decoding)
     check_choice("schedule", schedule, MASKED_SHARES)
@@ -578,7 +581,7 @@ def p2(
 
 
 def most_in_random_order(keys: Tensor, k: Tensor, generator: Random) -> Tensor:
-    """The k (b,) largest keys of each row, as a mask, equal ones at random.  (b, N) -> (b, N)"""
+    """The k (b,) largest keys of each row, ties broken at random.  (b, N) -> (b, N) bool"""
     order = uniform(keys.shape, generator, keys.device, torch.float64).argsort(1)
     is_chosen = topk_mask(keys.gather(1, order), k)
     return torch.zeros_like(is_chosen).scatter(1, order, is_chosen)
@@ -593,12 +596,12 @@ def self_correct(
     k: int = 1, t: float = 0.01, temperature: float = 0.1, patience: int = 32,
     p_uniform: float = 0.1, known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
-    """Correct finished sequences by a denoiser that distrusts them (arXiv:2503.04482, section 5).
+    """Correct finished sequences by a GIDD denoiser, which can doubt them (arXiv:2503.04482).
 
     x (B, N) without masks  ->  yields State. Each step draws every token anew at level t, and
-    writes the k draws that differ and are likeliest. A sequence is done when no draw differs, or
-    when its self-accuracy, the share of its tokens after the step that are the likeliest in their
-    place, has not risen in more than `patience` steps; the last of them is not written.
+    writes the k likeliest draws of those that differ. A sequence is done when no draw differs, or
+    when its self-accuracy has not risen for more than `patience` steps, the last of which is not
+    written. Self-accuracy is the share of tokens that are the likeliest ones where they stand.
     """
     options = Decoding(temperature, **decoding)
     check_at_least(n_steps=(n_steps, 1), k=(k, 1), patience=(patience, 1))

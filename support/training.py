@@ -19,13 +19,13 @@ from diffusion import objectives
 from support import checkpoint, hub, runtime
 from support.chunked_head import task_loss
 
-OF_DATA = ("grid", "vocab", "n_classes")    # what the shape of a network takes from the data
+OF_DATA = ("vocab", "grid", "n_classes")    # what the shape of a network takes from the data
 
 # Data and the run's folder
 
 
 def stated_meta(cfg: config.Config) -> dict[str, Any] | None:
-    """The data as the config states it, nothing read; None where it does not."""
+    """The data's meta as the config states it, without reading any; None if it states none."""
     if not cfg.vocab:
         return None
     return dict(name=cfg.data, vocab=cfg.vocab, grid=list(cfg.grid), n_classes=cfg.n_classes)
@@ -54,7 +54,7 @@ def open_data(cfg: config.Config) -> tuple[methods.Spec, dict[str, data.Split]]:
 
 
 def make_folder(folder: Path) -> None:
-    """The run's folder, which holds nothing but a run."""
+    """Make the run's folder; one that holds other files than a run's is refused."""
     with runtime.one_line_errors(OSError):
         if folder.exists() and not checkpoint.is_run(folder):
             raise SystemExit(
@@ -64,7 +64,7 @@ def make_folder(folder: Path) -> None:
 
 
 def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> dict[str, Any] | None:
-    """Find a run to resume in its folder, or begin one.  -> its checkpoint or None"""
+    """Find the run to resume, or begin one in its folder.  -> the checkpoint or None"""
     folder = Path(cfg.out_dir)
     state = checkpoint.load_checkpoint(folder)
     if state:
@@ -95,7 +95,7 @@ def refuse_misfit(
                 f"{cfg.out_dir} was trained with {key} = {old[key]}, not {now}; "
                 "choose another --out-dir"
             )
-    for key in ("vocab", "grid", "n_classes"):
+    for key in OF_DATA:
         if state["meta"][key] != spec.meta[key]:
             raise SystemExit(
                 f"{cfg.out_dir} was trained on data with {key} = {state['meta'][key]}, "
@@ -126,15 +126,15 @@ class Training:
 def build_training(
     cfg: config.Config, spec: methods.Spec, state: dict[str, Any] | None, device: torch.device,
 ) -> Training:
-    """As at the start of training, or as saved."""
+    """Networks, averages and optimizers as at the start of training, or as in the checkpoint."""
     torch.manual_seed(cfg.seed)
     nets = methods.build(spec)
     runtime.place(nets, device)
-    ema = copy.deepcopy(nets)
+    ema = copy.deepcopy(nets)       # in one go: a planner's copy stands on the copy of its trunk
     for net in ema.values():
         net.requires_grad_(False)
     if spec.method.has_trunk:
-        nets["planner"].hold(ema["denoiser"])           # the one that it is sampled with
+        nets["planner"].hold(ema["denoiser"])           # the trunk that sampling uses
     lrs = {"planner": cfg.planner_lr, "denoiser": cfg.denoiser_lr}
     optimizers = {}
     for name, net in nets.items():
@@ -172,7 +172,10 @@ def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> 
 def averages_of(
     said: str, path: str, spec: methods.Spec,
 ) -> tuple[dict[str, Any], methods.Spec]:
-    """Averaged weights of a run or export of the same shape; `said` names it in refusals."""
+    """Averaged weights of a run or export of the same shape, and its spec.
+
+    said: how messages name it
+    """
     other = checkpoint.load_averages(hub.local_folder(path))
     other_spec = methods.spec_of(other["config"], other["meta"])
     shape, theirs = asdict(spec.shape), asdict(other_spec.shape)
@@ -213,7 +216,7 @@ class Learner(nn.Module):
 def learners_of(
     cfg: config.Config, training: Training, world: runtime.World,
 ) -> dict[str, nn.Module]:
-    """A learner of each network, compiled and distributed as the config and the world ask."""
+    """A learner of each trained network, compiled and distributed where that is asked for."""
     learners = {}
     for name in training.trained:
         net = training.nets[name]
@@ -229,7 +232,7 @@ def learners_of(
 
 
 def distributed(learner: nn.Module) -> nn.Module:
-    """Average gradients over the processes; buffers are constants and stay."""
+    """Average gradients over the processes; buffers are constants, and are not broadcast."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)      # torch 2.13: another name for it
         return nn.parallel.DistributedDataParallel(
@@ -241,10 +244,10 @@ def backward(
     cfg: config.Config, learners: dict[str, nn.Module], tasks: dict[str, objectives.Task],
     device: torch.device, is_last: bool,
 ) -> Tensor:
-    """Add the gradients of a micro-batch, network by network, so that one holds activations at a
-    time.  -> (n_nets,) losses, nats
+    """Add the gradients of a micro-batch, one network after another, so that only one holds
+    activations at a time.  -> (n_trained,) losses, nats
 
-    is_last: of its iteration; DDP averages gradients then
+    is_last: the last micro-batch of its iteration, when DDP averages the gradients
     """
     losses = []
     for name, learner in learners.items():
@@ -261,10 +264,12 @@ def tasks_of(
     cfg: config.Config, spec: methods.Spec, denoiser: model.Transformer | None, x0: Tensor,
     label: Tensor, known: Tensor | None, rng: torch.Generator,
 ) -> dict[str, objectives.Task]:
-    """What the networks learn from a batch; denoiser: averaged, whose fills the planner learns on.
+    """What the networks learn from a batch.  -> {network: Task}
+
+    denoiser: the averaged one, on whose fills a planner may learn
     """
     tasks = methods.make_tasks(spec, x0, label, known, rng)
-    if methods.learns_on_fills(spec):                   # drawn last: all else is as without them
+    if methods.learns_on_fills(spec):                   # drawn last: all other draws stay the same
         t = tasks["denoiser"].t
         device = next(denoiser.parameters()).device
         with runtime.autocast(device, cfg.dtype):
@@ -286,7 +291,7 @@ class Batches:
         self.spec = spec
         self.split = split
         self.n_groups = n_groups        # micro-batches per iteration, of all processes
-        self.denoiser = denoiser        # averaged, whose fills the planner learns on
+        self.denoiser = denoiser        # the averaged one, on whose fills a planner may learn
         n = min(cfg.overfit, len(split)) if cfg.overfit else len(split)
         self.order = data.ShuffledIndices(n, None if cfg.overfit else cfg.seed)
 
@@ -295,7 +300,7 @@ class Batches:
         cfg = self.cfg
         start = (it * self.n_groups + group) * cfg.batch_size
         key = (it, group)
-        if cfg.overfit and cfg.overfit_noise == "fixed":  # the same sequences, the same noise
+        if cfg.overfit and cfg.overfit_noise == "fixed":  # the same noise for the same sequences
             start %= self.order.n
             key = (0, start)
         rng = runtime.generator("train", cfg.seed, *key)
@@ -307,7 +312,7 @@ class Batches:
         return tasks_of(cfg, self.spec, self.denoiser, x0, label, known, rng)
 
     def epochs(self, it: int) -> float:
-        """How often `it` iterations have seen each sequence."""
+        """How often each sequence has been seen after `it` iterations."""
         return it * self.n_groups * self.cfg.batch_size / self.order.n
 
 
@@ -320,7 +325,7 @@ def lr_factor(it: int, cfg: config.Config) -> float:
 
 
 def clip_gradients(net: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients of a network down to max_norm; 0 leaves them.  -> () norm before"""
+    """Scale a network's gradients down to max_norm; 0: leave them.  -> () their norm before"""
     if max_norm:
         return nn.utils.clip_grad_norm_(net.parameters(), max_norm)
     return nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
@@ -330,7 +335,8 @@ def update_weights(cfg: config.Config, training: Training) -> Tensor:
     """One optimizer step of every trained network, and of its average.  -> (n_trained,) gradient
     norms before clipping, left on the device"""
     norms = []
-    warmup_decay = (1 + training.it) / (10 + training.it)       # early averages forget the start
+    # early on, average over few iterations, so that the initial weights are forgotten
+    warmup_decay = (1 + training.it) / (10 + training.it)
     decay = min(cfg.ema_decay, warmup_decay)
     for name in training.trained:
         net = training.nets[name]
@@ -347,7 +353,7 @@ def update_weights(cfg: config.Config, training: Training) -> Tensor:
 
 
 def save(cfg: config.Config, spec: methods.Spec, training: Training, world: runtime.World) -> bool:
-    """Write a checkpoint, unless a weight is not finite.  -> is it written?"""
+    """Write a checkpoint; weights that are not finite end the run.  -> is it written?"""
     for name, net in training.nets.items():
         if not torch.stack([p.isfinite().all() for p in net.parameters()]).all():
             raise SystemExit(

@@ -339,3 +339,5 @@ def test_a_run_from_training_to_samples(p_uniform):
     refused = script("sample.py", out, "--sampler", "ddpd")
     assert refused.returncode != 0
     assert "does not fit a gidd run" in refused.stderr
+    refused = script("sample.py", out, "--sampler", "self_correct")
+    assert refused.stderr.startswith("self_correct corrects what another sampler made")
