@@ -52,8 +52,8 @@ class DataOptions:
     """What the tokens are."""
     data: str = "digits"                    # one of sources/, or a folder: under data/, or a path
     image_size: Positive = 32               # tokens per side, where a source makes them
-    grey_levels: NotNegative = 0            # vocabulary, where a source makes tokens; 0: its own
-    vocab: NotNegative = 0                  # ids the data must have; 0: any
+    grey_levels: NotNegative = 0            # grey levels, where a source makes tokens; 0: its own
+    vocab: NotNegative = 0                  # vocabulary size the data must have; 0: any
     grid: tuple[int, ...] = ()              # tokens per axis the data must have; (): any
     n_classes: NotNegative = 0              # classes the data must have, where vocab is stated
 
@@ -64,7 +64,7 @@ class NetworkOptions:
     n_layer: Layers = 6                     # blocks
     n_head: Positive = 4                    # heads; they divide n_embd
     n_embd: Positive = 512                  # width of the residual
-    base_width: Positive = 512              # muP: the width at which each tensor trains at the lr
+    base_width: Positive = 512              # muP: the width at which every tensor trains at the lr
     base_head_dim: NotNegative = 0          # muP: head width at base_width; 0: the same everywhere
     causal: bool = False                    # videos: a frame sees itself and those before it
     patch: Positive = 1                     # tokens per side of the patches that attention sees
@@ -79,13 +79,14 @@ class OptimisationOptions:
     planner_lr: NotNegativeFloat = 1e-3     # Adam lr of the planner at base_width
     denoiser_lr: NotNegativeFloat = 2e-3    # Adam lr of the denoiser at base_width
     warmup_iters: NotNegative = 50          # iterations of linear warm-up
-    lr_decay_iters: NotNegative = 0         # iterations of the cosine to a tenth; 0: max_iters
+    lr_decay_iters: NotNegative = 0         # cosine decay to a tenth ends here; 0: at max_iters
     weight_decay: NotNegativeFloat = 0.01   # on matrices only
     grad_clip: NotNegativeFloat = 1.0       # largest gradient norm of each network; 0: unclipped
     label_dropout: Share = 0.1              # share of labels made the null class, for guidance
     ema_decay: Share = 0.999                # of the averaged weights per iteration, after a warm-up
     overfit: NotNegative = 0                # train on this many sequences only; 0: on all
-    # fixed: the same noise every time, losses go to near 0; fresh: they go to the floors printed
+    # with --overfit. fixed: the same noise every time, losses go to near 0; fresh: they go to the
+    # floors printed
     overfit_noise: Literal["fixed", "fresh"] = "fixed"
     # run, exported run or hf://OWNER/NAME whose averaged weights a new run starts from
     init_from: str = ""
@@ -96,33 +97,34 @@ class MethodOptions:
     """What is learned. Each flag names the methods that read it."""
     # ddpd: planned denoising, arXiv:2410.06264; gidd: arXiv:2503.04482; forcing: arXiv:2407.01392
     method: Literal["ddpd", "gidd", "forcing"] = "ddpd"
-    # ddpd: planner and denoiser; a mask denoiser with a planner on its trunk; or a single denoiser
-    # without masks that serves as both
+    # ddpd. pair: planner and denoiser; trunk: a mask denoiser, and a planner on its last residual;
+    # single: one denoiser of uniform noise that serves as both
     nets: Literal["pair", "trunk", "single"] = "pair"
-    planner_layers: Layers = 2              # ddpd: blocks of the planner of nets trunk
-    # ddpd: the denoiser's noise; the planner sees the same, or uniform noise in place of masks
+    planner_layers: Layers = 2              # ddpd, nets trunk: blocks of the planner
+    # ddpd: the denoiser's noise; the planner sees the same, but uniform noise instead of masks
     denoiser_process: Literal["mask", "uniform"] = "mask"
-    # ddpd: share of the planner's rows that are masks filled by the averaged denoiser; needs nets
-    # pair and denoiser_process mask
+    # ddpd: share of the planner's rows in which masks are filled by the averaged denoiser, instead
+    # of uniform noise; needs nets pair and denoiser_process mask
     on_policy: Share = 0.0
     # ddpd: what a planner looks for in the denoiser's fills: tokens that differ from the data, or
     # all that were written
     fill_label: Literal["differs", "written"] = "differs"
-    # ddpd: run, exported run or hf://OWNER/NAME with a mask denoiser, which is taken and stays as
-    # it is: the planner alone is trained
+    # ddpd: run, exported run or hf://OWNER/NAME whose mask denoiser is used unchanged: only the
+    # planner is trained
     freeze_denoiser: str = ""
-    # forcing: its noise; that of gidd is always hybrid, masks and uniform redraws
+    # forcing: its noise. hybrid: masks and uniform redraws, as always in gidd
     process: Literal["hybrid", "uniform", "mask"] = "hybrid"
     p_uniform: float = 0.1                  # gidd, forcing: share redrawn at t = 1/2 if hybrid
-    # gidd, forcing: of a token's loss. elbo: as in the likelihood bound; clip: that, at most 1;
-    # dynamic: GIDD's; none: plain cross-entropy at noise tokens; "": dynamic for gidd, none for
-    # forcing
+    # gidd, forcing: how a token's loss is weighted. elbo: as in the likelihood bound; clip: that,
+    # at most 1; dynamic: GIDD's; none: plain cross-entropy at noise tokens; "": dynamic for gidd,
+    # none for forcing
     weight: Literal["", "dynamic", "clip", "elbo", "none"] = ""
     clean_token_rate: float = 1.0           # gidd, forcing: share of clean tokens in the loss
-    # forcing: what has a noise level of its own. shared: all frames after the context together;
-    # next: one frame after another
+    # forcing: how levels are drawn in training. frame, token: each has its own; shared: one for all
+    # frames after the context; next: one frame is noised, those before it are clean
     noise_granularity: Literal["frame", "token", "shared", "next"] = "frame"
-    rollout_share: Share = 0.25             # forcing: rows with levels as in a rollout, others free
+    # forcing, by frame or token: share of rows with levels as in a rollout, others are independent
+    rollout_share: Share = 0.25
     context_frames: NotNegative = 0         # forcing: frames that every rollout is given, at least
 
 
@@ -144,8 +146,8 @@ class LoggingOptions:
     """Logs, validations and checkpoints."""
     log_interval: Positive = 10             # iterations between lines of log.jsonl
     eval_interval: NotNegative = 250        # iterations between validations; 0: only the last
-    # held-out sequences in a validation, one draw of noise; 0: 512, or so many that validating
-    # takes a tenth of the training since the one before
+    # held-out sequences in a validation, one draw of noise; 0: 512, or fewer, so that validating
+    # takes a tenth of the training since the last one
     eval_sequences: NotNegative = 0
     eval_samples: NotNegative = 10          # pictures drawn in a validation, at most; 0: none
     save_interval: NotNegative = 250        # iterations between checkpoints; 0: only the last
@@ -161,18 +163,18 @@ class RunOptions:
     """Where and how it runs."""
     out_dir: str = ""                       # folder; "": out/<stem of the last config file>
     seed: Seed = 0                          # of weights, data order, noise and label dropout
-    # of matrix products; auto: bfloat16 where the device has it; float32: in full, no TF32
+    # precision of matrix products; auto: bfloat16 where the device has it; float32: without TF32
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = False                   # torch.compile the networks
-    recompute: bool = False                 # activations in the backward pass: less memory, slower
-    timeout_minutes: Positive = 30          # for which a process waits for a silent one
+    recompute: bool = False                 # recompute activations in backward: less memory, slower
+    timeout_minutes: Positive = 30          # minutes that a process waits for a silent one
 
 
 @dataclass(frozen=True)
 class CostOptions:
     """What a config takes, without training."""
     dry_run: bool = False                   # print parameters, memory and time; train nothing
-    # estimate for this GPU by its published peak rate; "": measure the machine at hand
+    # with --dry-run: estimate for this GPU by its published peak; "": measure the machine at hand
     gpu: Literal["", "a100", "h100", "h200", "b200", "l4", "rtx4090"] = ""
     n_gpus: Positive = 1                    # with --gpu: processes, each on a GPU
     # with --gpu: share of the peak that training reaches, an assumption
@@ -215,17 +217,18 @@ class Config(
 @dataclass(frozen=True)
 class PlanFlags:
     """Planned denoising, sampler ddpd."""
-    # sites per step, for ddpd spread (default), fixed, one or leap; the others are of confidence
-    # (default arccos), and of p2, remdm and planned (default linear)
-    schedule: Literal[
-        "spread", "fixed", "one", "leap", "arccos", "cosine", "linear", "square"
-    ] | None = None
-    k: int | None = None                    # sites per step of fixed, --refine and --correct; 1
-    # sites in proportion to P(noise) (default), or to its odds
+    # ddpd: sites per step, spread (default), fixed, one or leap. confidence, p2: how the number of
+    # masks falls, arccos (default of confidence), cosine or linear (default of p2)
+    schedule: Literal["spread", "fixed", "one", "leap", "arccos", "cosine", "linear"] | None = None
+    # sites per step of --schedule fixed, --refine and --correct; 1 if not given
+    k: int | None = None
+    # draw sites in proportion to P(noise) (default), or to its odds (softmax)
     pick: Literal["proportional", "softmax"] | None = None
-    stop: float | None = None               # expected noise tokens at which a row is done; 0
-    refine: int | None = None               # further steps of k sites; 0
-    planner_guidance: float | None = None   # classifier-free guidance of the planner; 1
+    # a sample is done when fewer noise tokens than this are expected; 0 if not given
+    stop: float | None = None
+    refine: int | None = None               # further steps of k sites; 0 if not given
+    # classifier-free guidance of the planner; 1 (off) if not given
+    planner_guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -234,40 +237,51 @@ class MaskFlags:
     # confidence: keep the most confident tokens (default), or random ones.
     # planned: uncover random masks (default), or the most confident draws
     order: Literal["confidence", "random"] | None = None
-    # confidence, planned: Gumbel noise on the log-probability; 4.5
+    # confidence, planned: Gumbel noise on the log-probability; 4.5 if not given
     noise: float | None = None
-    temperature_end: float | None = None    # confidence: where the temperature ends; 0: it stays
-    # remdm: which tokens are masked again; confidence is the default
+    # confidence: the temperature falls linearly to this; 0, or not given: it stays
+    temperature_end: float | None = None
+    # remdm: how tokens to mask again are chosen. confidence (default): rather those that were
+    # improbable when written; rescale: all alike, eta times the maximum; cap: all alike, up to eta
     remask: Literal["confidence", "rescale", "cap"] | None = None
-    # remdm: how much of what may be masked again is; 1 for confidence, else 0.2.
-    # p2: how readily visible tokens are masked again; 1, 0: never. planned: as remdm; 1
+    # how readily tokens are masked again; 0: never. remdm: share of the maximum (cap: limit on it);
+    # if not given 1 for --remask confidence, else 0.2. planned: as remdm; 1 if not given. p2:
+    # factor on the scores of visible tokens; 1 if not given
     eta: float | None = None
-    trust: float | None = None              # planned: power of the odds of being wrong; 1, 0: remdm
+    # planned: power of the odds of being wrong; 1 if not given; 0: ignore the planner, as remdm
+    trust: float | None = None
 
 
 @dataclass(frozen=True)
 class RolloutFlags:
     """Sampler rollout, of forcing runs."""
-    lag: int | None = None                  # steps between frames; -1: one by one; 0: all together
-    stabilization_level: float | None = None    # level told of finished frames, to distrust them; 0
-    context_level: float | None = None      # noise level told of known tokens, to distrust them; 0
+    # steps between frames; -1, or not given: one by one; 0: all together
+    lag: int | None = None
+    # noise level told of finished frames, to distrust them; 0 if not given
+    stabilization_level: float | None = None
+    # noise level told of known tokens, to distrust them; 0 if not given
+    context_level: float | None = None
 
 
 @dataclass(frozen=True)
 class DecodingFlags:
     """All samplers: how tokens are drawn from the denoiser's logits."""
-    temperature: float | None = None        # of the denoiser; 1
-    top_k: int | None = None                # likeliest ids it draws from; 0: all
-    top_p: float | None = None              # probability mass it draws from, in (0, 1]; 1
-    min_p: float | None = None              # least probability, as a share of the largest; 0
-    guidance: float | None = None           # classifier-free guidance of the denoiser; 1
+    temperature: float | None = None        # of the denoiser; 1 if not given
+    top_k: int | None = None                # draw from so many likeliest ids; 0, or not given: all
+    top_p: float | None = None              # probability mass to draw from, in (0, 1]; 1: all
+    # least probability to draw, as a share of the largest; 0, or not given: none
+    min_p: float | None = None
+    # classifier-free guidance of the denoiser; 1 (off) if not given
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
 class VideoFlags:
     """Videos."""
-    context_frames: int | None = None       # frames of held-out videos that are given; 2
-    frames: NotNegative = 0                 # in all; 0: as the data, or 8 times that in evaluate.py
+    # frames of held-out videos that are given; 2 if not given
+    context_frames: int | None = None
+    # frames in all; 0: as many as the data has, 8 times that in evaluate.py
+    frames: NotNegative = 0
 
     @property
     def n_given(self) -> int:

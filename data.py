@@ -70,8 +70,8 @@ class Make:
     group_by: str = ""      # pictures: names that agree up to this text are held out together
     length: int = 0         # tokens per sequence, if the source is text; 0: its default
     vocab: int = 0          # vocabulary size of a token file or an encoder; 0: found in it
-    # text: bytes, or a JSON file of the `tokenizers` library; of a token file or an encoder: such a
-    # file, or the name of an image tokenizer, which says its vocabulary
+    # text: JSON file of the `tokenizers` library; "": bytes. Token file or encoder: what made the
+    # tokens, such a JSON file or the name of an image tokenizer, which implies the vocabulary
     tokenizer: str = ""
     train_tokenizer: int = 0    # text: vocabulary of a byte-level BPE that is trained on the file
     stochastic: bool = False    # bounce: draw a new velocity at every wall

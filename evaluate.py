@@ -13,12 +13,14 @@ import config
 class EvaluateOptions:
     """What is compared."""
     runs: tuple[str, ...]                   # folders of runs, exported or not, or hf://OWNER/NAME
-    samplers: tuple[str, ...] = ()          # those of a method, or random; (): a run's first
-    nfe: tuple[int, ...] = ()               # network calls per sample, or per frame of a video
+    # samplers that fit the runs, or random (confidence in random order); (): each run's default
+    samplers: tuple[str, ...] = ()
+    # network calls per sample, or per frame of a video; (): 64, or 8 per frame
+    nfe: tuple[int, ...] = ()
     n: int = 500                            # samples per row, classes in turn
     seeds: tuple[int, ...] = (0,)           # of the sampling noise; one row each
     batch_size: config.NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
-    correct: config.NotNegative = 0         # gidd: a second row after steps of self-correction
+    correct: config.NotNegative = 0         # gidd: steps of self-correction, which add a row
     flips: config.Share = 0.0               # share of known tokens that are redrawn as another id
     bits: bool = True                       # estimate bits per token, which takes a while
     again: bool = False                     # draw finished rows of evaluate.csv anew

@@ -2,7 +2,7 @@
 
 Writes samples.png, samples.npz, planner.mp4 and planner.gif into a folder of RUN/samples/ that is
 named after the settings, from the averaged (EMA) weights. Any number of samples:
-torchrun --nproc_per_node=2 sample.py out/digits --n 10000; the same command resumes.
+torchrun --nproc_per_node=2 -- sample.py out/digits --n 10000; the same command resumes.
 """
 
 import typing
@@ -18,14 +18,14 @@ class SampleOptions:
     n: config.NotNegative = 0               # samples, classes in turn; 0: every class once, or 8
     labels: tuple[str, ...] = ()            # numbers or names of classes, in turn where n is given
     sampler: str = ""                       # one that fits the run's method; "": its first
-    n_steps: int | None = None              # steps; 64, or 4 for each frame of a video
+    n_steps: int | None = None              # if not given 64, or 4 for each frame of a video
     correct: config.NotNegative = 0         # gidd: steps of self-correction afterwards
     seed: config.Seed = 0                   # of the noise and every draw
-    # inpainting: .npz of tokens (n, *grid), a bool mask, True where they stay, and labels; without
-    # labels in it and without --labels the samples have none
+    # inpainting: .npz file with `tokens` (n, *grid), a bool `mask`, True where tokens stay, and
+    # maybe `labels`; samples have no label if neither it nor --labels gives one
     known: str = ""
-    prompt: config.Prose = ""               # text: its beginning; [...] in it is filled in
-    gap: config.NotNegative = 0             # tokens at [...]; 0: what follows ends the sequence
+    prompt: config.Prose = ""               # text: how it begins; [...] in the prompt is filled in
+    gap: config.NotNegative = 0             # tokens to fill in at [...]; 0: what is left
     batch_size: config.NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
 
 
@@ -33,7 +33,8 @@ class SampleOptions:
 class FileOptions:
     """What is written."""
     out: str = ""                           # folder; "": RUN/samples/ and a name by the settings
-    n_video: int | None = None              # samples in the video; 10, or fewer tall ones; 0: none
+    # samples in the video; 0: no video; if not given 10, or fewer tall ones
+    n_video: int | None = None
     scale: config.NotNegative = 0           # pixels per token in pictures; 0: chosen by their size
     png: bool = False                       # each sample also as a file: png/00000000.png, ...
     # TorchScript file (code that is run), tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]

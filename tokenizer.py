@@ -20,10 +20,10 @@ class TokenizerOptions:
     out_dir: str = ""                       # for encoder.jit and decoder.jit; "": tok/<folder>
     image_size: Positive = 64               # pixels per side
     downsample: Positive = 4                # pixels per side of a token: 2, 4, 8, 16, ...
-    levels: tuple[int, ...] = (5, 5, 5)     # of each channel of a code; V is their product
+    levels: tuple[int, ...] = (5, 5, 5)     # levels of each channel of a code; V is their product
     width: Positive = 64                    # channels after the first convolution
     group_by: str = ""                      # names that agree up to this text stay in one split
-    flip: bool = False                      # mirror half of the pictures: not where text is
+    flip: bool = False                      # mirror half of the pictures; not for pictures of text
     batch_size: Positive = 16               # pictures per process
     max_iters: Positive = 3000              # iterations (optimizer steps)
     lr: NotNegativeFloat = 2e-3             # of AdamW

@@ -4,7 +4,7 @@ python train_ddpd.py configs/avatars_gidd.py --compile
 """
 data = "avatars"
 method = "gidd"
-p_uniform = 0.2         # of .1 and .2 the better one on digits and text
+p_uniform = 0.2         # the better of .1 and .2 on digits and text
 patch = 2
 n_layer = 8
 n_head = 3

@@ -2,8 +2,8 @@
 
 python data.py images --folder F --image-size 32 --palette 64 --group-by _ --name emoji_32
 python train_ddpd.py configs/emoji_32.py --compile
-49 minutes on one core of an AMD EPYC that did other work too. Expect planner AUROC .989, denoiser
-CE .91 nats and 1.16 bits per token (1 seed); most samples are blots.
+49 minutes on one core of an AMD EPYC, beside other work. Expect planner AUROC .989, denoiser CE .91
+nats and 1.16 bits per token (1 seed); most samples are blots.
 """
 data = "emoji_32"
 patch = 2

@@ -3,9 +3,10 @@
 python data.py text --file owt.txt --tokenizer gpt2.json --length 512 --name owt
 torchrun --nproc_per_node=8 train_ddpd.py configs/owt_gidd_small.py --p-uniform 0.1
 
-owt.txt is the corpus in UTF-8, gpt2.json the tokenizer.json that is published with GPT-2. Tokens
-that are there already: python data.py tokens --file F.safetensors --tokenizer gpt2.json --name owt
-with `indices` (n, 512) in F. 512 sequences per iteration on 8 GPUs.
+owt.txt is the corpus in UTF-8, gpt2.json the tokenizer.json that is published with GPT-2. For a
+corpus that is tokenised already, with `indices` (n, 512) in F, replace the first line by
+python data.py tokens --file F.safetensors --tokenizer gpt2.json --name owt
+512 sequences per iteration on 8 GPUs.
 13.2 GiB and 28.9 TFLOP per iteration and process, by formula; not run on a GPU yet.
 """
 data = "owt"
