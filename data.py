@@ -123,12 +123,12 @@ class Split:
         return len(self.labels)
 
     def spread_subset(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """n rows, every (rows / n)-th in whole numbers; starts over if there are fewer than n.
-
-        ->  as rows()
-        """
-        stride = max(1, len(self) // n)
-        return self.rows(np.arange(n) * stride % len(self))
+        """n evenly spaced rows, since a split may be sorted by label; if there are fewer than n, all
+        of them, again and again.  ->  as rows()"""
+        n_rows = len(self)
+        if n > n_rows:
+            return self.rows(np.arange(n) % n_rows)
+        return self.rows(np.arange(n) * n_rows // n)
 
     def whole_repeats(self, n: int) -> int:
         """n, or if there are fewer rows, the next multiple of their number: spread_subset() then

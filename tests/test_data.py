@@ -312,6 +312,19 @@ def test_how_to_train_on_what_was_made(tmp_path, monkeypatch):
         assert done.stdout.splitlines()[-1] == f"Next: python train_ddpd.py {command}"
 
 
+def test_a_subset_is_spread_over_the_whole_split():
+    """A split may be sorted by label, as that of faces: all classes occur, and no row twice."""
+    _, splits = data.load("avatars", 0, 0)
+    split = splits["val"]
+    rows, _ = split.spread_subset(len(split) - 1)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    found = np.bincount(split.spread_subset(500)[1])
+    share = np.bincount(split.labels) / len(split)
+    np.testing.assert_allclose(found, 500 * share, atol=1)
+    again, _ = split.spread_subset(2 * len(split))
+    assert np.array_equal(again[:len(split)], again[len(split):])
+
+
 def test_sources_are_listed():
     """`data.py --list`: one line per source, its name and what it is."""
     done = script("data.py", "--list")
