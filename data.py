@@ -123,8 +123,8 @@ class Split:
         return len(self.labels)
 
     def spread_subset(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """n evenly spaced rows, since a split may be sorted by label; if there are fewer than n, all
-        of them, again and again.  ->  as rows()"""
+        """n evenly spaced rows, as a split may be sorted by label; if there are fewer, all of
+        them, again and again.  ->  as rows()"""
         n_rows = len(self)
         if n > n_rows:
             return self.rows(np.arange(n) % n_rows)

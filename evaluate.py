@@ -71,7 +71,7 @@ N_PLANNER = 1024            # sequences that a planner is judged on
 DECODED = 100               # pictures that a decoder makes at a time
 N_NEIGHBOURS = 10           # samples that are shown over their nearest training pictures
 N_PILOT = 64                # sequences on which a sampler's calls are counted beforehand
-PACING = ("remask", "eta", "schedule", "trust")     # options on which the number of calls depends
+PACING = ("remask", "eta", "trust")      # options on which the number of calls depends
 MAX_STEPS_PER_TOKEN = 16    # where more steps hardly make more calls
 FRAME_KEYS = (
     "run", "train_seed", "sampler", "steps", "lag", "stabilization_level", "context_level", "flips",

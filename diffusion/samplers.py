@@ -291,13 +291,7 @@ MASKED_SHARES = {
     "linear": lambda r: 1 - r,
     "arccos": lambda r: math.acos(r) / (math.pi / 2),
     "cosine": lambda r: math.cos(r * math.pi / 2),
-    "square": lambda r: (1 - r) ** 2,
 }
-
-
-def masked_share(done: float, schedule: str) -> float:
-    """The share of tokens that are masked after a share `done` of the steps."""
-    return MASKED_SHARES[schedule](done)
 
 
 @torch.no_grad()
@@ -329,7 +323,7 @@ def confidence(
         n_masked = is_masked.sum(1)
         t = (n_masked / n_editable.clamp_min(1)).clamp(T_MIN, T_MAX)    # (B,)
         done = (step + 1) / n_steps                                     # share of the steps
-        n_left = (n_editable * masked_share(done, schedule) + 1e-6).long()
+        n_left = (n_editable * MASKED_SHARES[schedule](done) + 1e-6).long()
         n_left = n_left.minimum(n_masked - 1).clamp_min(0)              # (B,) masks after this step
         if step + 1 == n_steps:
             n_left = torch.zeros_like(n_left)
@@ -355,22 +349,22 @@ def confidence(
 @torch.no_grad()
 def remdm(
     denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
-    remask: str = "confidence", eta: float | None = None, schedule: str = "linear",
-    vocab: int | None = None, known: Tensor | None = None, **decoding,
+    remask: str = "confidence", eta: float | None = None, vocab: int | None = None,
+    known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
     """ReMDM (arXiv:2503.00307): masked diffusion that masks written tokens again, to correct them.
 
     x (B, N) masks (id vocab)  ->  yields State. From level t to s a written token is masked with
     probability sigma, at most min(1, s / (1 - t)): eta of that ("rescale"), or no more than eta
-    ("cap"); these two keep the data distribution. "confidence" shares eta of it out among all
-    tokens, by a softmax over minus the probability at which each was written: at most eta tokens a
-    step. eta None: 0.2, and 1 for "confidence", as in the released code
+    ("cap"); these two keep the data distribution. "confidence", as in the released code, shares eta
+    of it out among all written tokens, by a softmax over minus the probability at which each was
+    written: at most eta tokens a step on average. It uncovers no more masks to make up for that, so
+    the last step has more to write. eta None: 0.2, and 1 for "confidence", as released
     """
     options = Decoding(**decoding)
     check_choice("remask", remask, ("confidence", "rescale", "cap"))
     if eta is None:
         eta = 1.0 if remask == "confidence" else 0.2
-    check_choice("schedule", schedule, MASKED_SHARES)
     check_at_least(n_steps=(n_steps, 1), eta=(eta, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
@@ -378,17 +372,17 @@ def remdm(
     nfe = torch.zeros_like(label)
     x = x.clone()
     for step in range(n_steps):
-        t = masked_share(step / n_steps, schedule)
-        s = masked_share((step + 1) / n_steps, schedule)
+        t = 1 - step / n_steps
+        s = 1 - (step + 1) / n_steps
         is_masked = editable & (x == vocab)
         u = uniform(x.shape, generator, x.device)
-        most = most_remasked(t, s)
-        most = min(eta, most) if remask == "cap" else min(1.0, eta) * most
-        sigma = torch.full(x.shape, most, device=x.device)
+        limit = most_remasked(t, s)
+        strength = min(eta, limit) if remask == "cap" else min(1.0, eta) * limit
+        sigma = torch.full(x.shape, strength, device=x.device)
         if remask == "confidence":
             doubt = torch.where(editable & ~is_masked, -p_written, -torch.inf)
             sigma = sigma * doubt.softmax(1).nan_to_num(0)              # 0 at masks
-        # P(keep) grows from 1 - t to 1 - s all the same
+        # where sigma is the same for all, P(keep) grows from 1 - t to 1 - s
         p_uncover = (t - s + sigma * (1 - t)) / t
         uncovered = is_masked & (u < p_uncover)
         remasked = editable & ~is_masked & (u < sigma)
@@ -409,51 +403,47 @@ def most_remasked(t: float, s: float) -> float:
 @torch.no_grad()
 def planned(
     denoiser: Callable, both: Callable, x: Tensor, label: Tensor, *, n_steps: int,
-    generator: Random, eta: float = 1.0, trust: float = 1.0, order: str = "random",
-    noise: float = 4.5, schedule: str = "linear", vocab: int | None = None,
-    known: Tensor | None = None, **decoding,
+    generator: Random, eta: float = 0.5, trust: float = 1.0, order: str = "confidence",
+    noise: float = 4.5, vocab: int | None = None, known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
     """Planned remasking: ReMDM in which a planner chooses what is masked again, one call a step.
 
+    x (B, N) masks (id vocab)  ->  yields State. From level t to s as many tokens are masked again
+    as by remdm(remask="rescale") on average, and masks are uncovered until a share s is left.
     both(x, t, label)  ->  logits (B, N, V) of the denoiser, and (B, N) of a planner that says which
-    visible tokens are wrong; asked in steps that mask some of them again. In steps that mask all or
-    none the denoiser is asked alone. x (B, N) masks (id vocab)  ->  yields State, with P(wrong) of
-    visible tokens, or else the share of them that is masked again.
-    In a step from level t to s as many tokens are masked again as by remdm(remask="rescale") on
-    average, and masks are uncovered until a share s of the tokens is left masked.
+    visible tokens are wrong: State.p_noise. It is asked in steps that mask some of them again; in
+    steps that mask all or none the denoiser is asked alone, and p_noise of all of them is 1 or 0.
     eta        share of what may be masked again that is; 0: nothing
-    trust      tokens are masked again in proportion to their odds of being wrong, to this power;
-               0: all alike, as in remdm
-    order      which masks are uncovered: "random" ones, or those with the most confident draws, as
-               in confidence()
-    schedule   a name in MASKED_SHARES
+    trust      power of the odds of being wrong, to which tokens are masked again in proportion; 0:
+               all alike, as in remdm
+    order      which masks are uncovered: those with the most confident draws, by log-probability
+               plus noise s Gumbel, or "random" ones
     """
     options = Decoding(**decoding)
     check_choice("order", order, ("random", "confidence"))
-    check_choice("schedule", schedule, MASKED_SHARES)
     check_at_least(n_steps=(n_steps, 1), eta=(eta, 0), trust=(trust, 0), noise=(noise, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
     nfe = torch.zeros_like(label)
     x = x.clone()
     for step in range(n_steps):
-        t = masked_share(step / n_steps, schedule)
-        s = masked_share((step + 1) / n_steps, schedule)
+        t = 1 - step / n_steps
+        s = 1 - (step + 1) / n_steps
         t_input = torch.full((len(x), 1), t, device=x.device).clamp(T_MIN, T_MAX)
         is_masked = editable & (x == vocab)
         is_visible = editable & ~is_masked
         sigma = min(1.0, eta) * most_remasked(t, s)
         n_remasked, n_uncovered = counts(is_masked, is_visible, sigma, s, generator)
 
-        plan = Remasking(torch.zeros(x.shape, device=x.device), sigma * is_visible, None, 0)
+        plan = Remasking(torch.ones(x.shape, device=x.device), sigma * is_visible, None, 0)
         if 0 < sigma < 1 and t < 1 and trust > 0:
-            plan = plan_remasking(both, x, t_input, label, options)
-        weight = odds(plan.logits, trust)
-        remasked = draw_sites(weight, is_visible, n_remasked, generator)
+            plan = plan_remasking(both, x, t_input, label, trust, options)
+        remasked = draw_sites(plan.weight, is_visible, n_remasked, generator)
 
         uncovered = is_masked
         if order == "random":
-            uncovered = draw_sites(torch.ones_like(weight), is_masked, n_uncovered, generator)
+            alike = torch.ones_like(plan.weight)
+            uncovered = draw_sites(alike, is_masked, n_uncovered, generator)
         draw = sample_at(
             denoiser, x, t_input, label, uncovered, options, generator, plan.token_logits
         )
@@ -468,14 +458,14 @@ def planned(
 
 class Remasking(NamedTuple):
     """What a planner says of a step of planned()."""
-    logits: Tensor                  # (B, N) of being wrong
+    weight: Tensor                  # (B, N) tokens are masked again in proportion to it
     p_wrong: Tensor                 # (B, N)
     token_logits: Tensor | None     # (B, N, V) of the denoiser, guided; None: it was not asked
     calls: int
 
 
 def plan_remasking(
-    both: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding,
+    both: Callable, x: Tensor, t: Tensor, label: Tensor, trust: float, options: Decoding,
 ) -> Remasking:
     """Ask denoiser and planner in one call."""
     plans = []
@@ -488,7 +478,7 @@ def plan_remasking(
     token_logits, calls = cfg_logits(denoiser, x, t, label, options)
     logits = plans[0][:len(x)]                          # with the label, where asked without it too
     refuse_nan(logits)
-    return Remasking(logits, logits.sigmoid(), token_logits, calls)
+    return Remasking(odds(logits, trust), logits.sigmoid(), token_logits, calls)
 
 
 def counts(
@@ -559,7 +549,7 @@ def p2(
         is_masked = editable & (x == vocab)
         p_noise = torch.where(is_masked, 1.0, p_noise_kept)
         t = (is_masked.sum(1) / n_editable.clamp_min(1)).clamp(T_MIN, T_MAX)    # (B,)
-        share = masked_share((step + 1) / n_steps, schedule)
+        share = MASKED_SHARES[schedule]((step + 1) / n_steps)
         n_left = (n_editable * share + 1e-6).long()             # (B,) masks after this step
         fill = sample_at(denoiser, x, t[:, None], label, is_masked, options, generator)
         x = fill.x

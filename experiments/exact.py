@@ -52,9 +52,6 @@ ROWS = {
     "MaskGIT, noise 0": Row("confidence", dict(noise=0.0)),
     "ReMDM, rescaled, eta .2": Row("remdm", dict(remask="rescale")),
     "ReMDM, rescaled, eta 1": Row("remdm", dict(remask="rescale", eta=1.0)),
-    "ReMDM, rescaled, eta 1, square": Row(
-        "remdm", dict(remask="rescale", eta=1.0, schedule="square")
-    ),
     "ReMDM, capped, eta .2": Row("remdm", dict(remask="cap")),
     "ReMDM, confidence": Row("remdm", {}),
     "p2": Row("p2", {}),
@@ -63,8 +60,6 @@ ROWS = {
     "ddpd, leap": Row("ddpd", dict(schedule="leap")),
     "planned, differs": Row("planned", {}, "differs"),
     "planned, written": Row("planned", {}, "written"),
-    "planned, differs, square": Row("planned", dict(schedule="square"), "differs"),
-    "planned, written, square": Row("planned", dict(schedule="square"), "written"),
     "planned, differs, eta .2": Row("planned", dict(eta=0.2), "differs"),
     "planned, written, eta .2": Row("planned", dict(eta=0.2), "written"),
 }

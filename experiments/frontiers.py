@@ -72,45 +72,31 @@ class Arm(NamedTuple):
     is_control: bool = False
 
 
-TEMPERATURES = (1.0, 0.8, 0.6)
+TEMPERATURES = (1.0, 0.6)
+NOISES = (1.0, 2.0, 4.5)            # on log-probabilities, where the most confident are uncovered
 ALL = dict(remask="rescale", eta=1.0)
-UNINFORMED = dict(trust=0.0)        # ReMDM at full strength, by counts instead of coins
+UNINFORMED = dict(trust=0.0, eta=1.0)   # ReMDM at full strength, confident draws first
 ARMS = [
     Arm("ancestral", "ancestral", "temperature", TEMPERATURES, is_control=True),
+    Arm("MaskGIT", "confidence", "noise", NOISES, is_control=True),
+    Arm("MaskGIT, cold", "confidence", "temperature", (0.6,), is_control=True),
+    Arm("ReMDM", "remdm", "temperature", TEMPERATURES, ALL, is_control=True),
     Arm(
-        "ancestral, counts", "confidence", "temperature", TEMPERATURES,
-        dict(order="random", schedule="linear"), is_control=True,
-    ),
-    Arm("MaskGIT", "confidence", "temperature", TEMPERATURES, is_control=True),
-    Arm("ReMDM, all", "remdm", "temperature", TEMPERATURES, ALL, is_control=True),
-    Arm("ReMDM, eta", "remdm", "eta", (0.2, 0.5), dict(remask="rescale"), is_control=True),
-    Arm("ReMDM, confidence", "remdm", "temperature", TEMPERATURES, is_control=True),
-    Arm(
-        "ReMDM, all, counts", "planned", "temperature", TEMPERATURES, UNINFORMED,
-        training="trunk", is_control=True,
-    ),
-    Arm(
-        "ReMDM, all, by confidence", "planned", "temperature", TEMPERATURES,
-        UNINFORMED | dict(order="confidence"), training="trunk", is_control=True,
-    ),
-    Arm(
-        "ReMDM, all, square", "planned", "temperature", TEMPERATURES,
-        UNINFORMED | dict(order="confidence", schedule="square"), training="trunk",
+        "ReMDM by confidence", "planned", "noise", NOISES, UNINFORMED, training="trunk",
         is_control=True,
+    ),
+    Arm(
+        "ReMDM by confidence, cold", "planned", "temperature", (0.6,), UNINFORMED,
+        training="trunk", is_control=True,
     ),
     Arm("ddpd", "ddpd", "temperature", (1.0, 0.7)),
     Arm("p2", "p2", "temperature", (1.3, 1.0)),
-    Arm("p2 on the trunk", "p2", "temperature", (1.3, 1.0), training="trunk"),
-    Arm("planned", "planned", "temperature", TEMPERATURES, training="trunk"),
+    Arm("planned", "planned", "noise", NOISES, training="trunk"),
+    Arm("planned, cold", "planned", "temperature", (0.6,), training="trunk"),
     Arm(
-        "planned, by confidence", "planned", "temperature", TEMPERATURES,
-        dict(order="confidence"), training="trunk",
+        "planned, random order", "planned", "temperature", TEMPERATURES, dict(order="random"),
+        training="trunk",
     ),
-    Arm(
-        "planned, square", "planned", "temperature", TEMPERATURES,
-        dict(order="confidence", schedule="square"), training="trunk",
-    ),
-    Arm("planned, trust", "planned", "trust", (0.5, 2.0), training="trunk"),
 ]
 
 

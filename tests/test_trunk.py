@@ -90,16 +90,15 @@ def test_counts_are_right_on_average_and_end_without_masks(rng):
 # Planned remasking
 
 
-@pytest.mark.parametrize("schedule", ["linear", "square"])
-def test_steps_mask_as_many_tokens_as_remdm(schedule, rng):
+def test_steps_mask_as_many_tokens_as_remdm(rng):
     """The same numbers on average, and a share s of the tokens masked after each step."""
     x = torch.full((2000, 40), 5)
-    options = dict(n_steps=6, eta=0.7, schedule=schedule, generator=rng)
+    options = dict(n_steps=6, eta=0.7, generator=rng)
     net = both_of(zeros(5), lambda x, label: x.float())
     mine = list(planned(net, x, no_label(2000), **options))
     theirs = list(remdm(at_any_site(zeros(5)), x, no_label(2000), remask="rescale", **options))
     for step, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        s = samplers.masked_share((step + 1) / 6, schedule)
+        s = 1 - (step + 1) / 6
         assert ((a.x == 5).sum(1) == int(40 * s + 1e-6)).float().mean() > 0.99
         n_remasked = [(y.written & (y.x == 5)).sum(1).float().mean().item() for y in (a, b)]
         assert n_remasked[0] == pytest.approx(n_remasked[1], abs=0.7)
@@ -172,7 +171,6 @@ def test_confident_draws_are_uncovered_first(rng):
 
 @pytest.mark.parametrize("options, n_asked", [
     (dict(), 3),                            # at t = 1/2, 3/8 and 1/4
-    (dict(schedule="square"), 5),           # all but the first two and the last
     (dict(eta=0.5), 6),
     (dict(trust=0.0), 0),
 ])
