@@ -234,8 +234,7 @@ class PlanFlags:
 @dataclass(frozen=True)
 class MaskFlags:
     """Samplers of a mask denoiser: confidence (MaskGIT), remdm, p2 (path planning), planned."""
-    # confidence: keep the most confident tokens (default), or random ones.
-    # planned: uncover random masks (default), or the most confident draws
+    # confidence, planned: uncover the most confident draws (default), or random masks
     order: Literal["confidence", "random"] | None = None
     # confidence, planned: Gumbel noise on the log-probability; 4.5 if not given
     noise: float | None = None
@@ -245,7 +244,7 @@ class MaskFlags:
     # improbable when written; rescale: all alike, eta times the maximum; cap: all alike, up to eta
     remask: Literal["confidence", "rescale", "cap"] | None = None
     # how readily tokens are masked again; 0: never. remdm: share of the maximum (cap: limit on it);
-    # if not given 1 for --remask confidence, else 0.2. planned: as remdm; 1 if not given. p2:
+    # if not given 1 for --remask confidence, else 0.2. planned: as remdm; 0.5 if not given. p2:
     # factor on the scores of visible tokens; 1 if not given
     eta: float | None = None
     # planned: power of the odds of being wrong; 1 if not given; 0: ignore the planner, as remdm

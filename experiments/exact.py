@@ -58,10 +58,13 @@ ROWS = {
     "p2, eta 0": Row("p2", dict(eta=0.0)),
     "ddpd": Row("ddpd", {}),
     "ddpd, leap": Row("ddpd", dict(schedule="leap")),
-    "planned, differs": Row("planned", {}, "differs"),
-    "planned, written": Row("planned", {}, "written"),
-    "planned, differs, eta .2": Row("planned", dict(eta=0.2), "differs"),
-    "planned, written, eta .2": Row("planned", dict(eta=0.2), "written"),
+    "ReMDM, counts": Row("planned", dict(trust=0.0, eta=1.0, order="random"), "differs"),
+    "planned, differs, eta 1": Row("planned", dict(eta=1.0, order="random"), "differs"),
+    "planned, written, eta 1": Row("planned", dict(eta=1.0, order="random"), "written"),
+    "planned, differs": Row("planned", dict(order="random"), "differs"),
+    "planned, written": Row("planned", dict(order="random"), "written"),
+    "planned, differs, by confidence": Row("planned", {}, "differs"),
+    "planned, written, by confidence": Row("planned", {}, "written"),
 }
 
 

@@ -93,9 +93,10 @@ def test_counts_are_right_on_average_and_end_without_masks(rng):
 def test_steps_mask_as_many_tokens_as_remdm(rng):
     """The same numbers on average, and a share s of the tokens masked after each step."""
     x = torch.full((2000, 40), 5)
-    options = dict(n_steps=6, eta=0.7, generator=rng)
+    options = dict(n_steps=6, eta=0.7, generator=rng, order="random")
     net = both_of(zeros(5), lambda x, label: x.float())
     mine = list(planned(net, x, no_label(2000), **options))
+    del options["order"]
     theirs = list(remdm(at_any_site(zeros(5)), x, no_label(2000), remask="rescale", **options))
     for step, (a, b) in enumerate(zip(mine, theirs, strict=True)):
         s = 1 - (step + 1) / 6
@@ -122,7 +123,7 @@ def test_without_trust_it_has_the_law_of_the_data(rng):
     net = both_of(any_level(world), lambda x, label: x.float())
     x = world.noise.sample_prior((N_LAW, 3), rng)
     n_remasked = 0
-    options = dict(n_steps=32, generator=rng, trust=0.0, eta=0.3)
+    options = dict(n_steps=32, generator=rng, trust=0.0, eta=0.3, order="random")
     for state in planned(net, x, no_label(N_LAW), **options):
         n_remasked += (state.written & (state.x == 3)).sum().item()
     assert world.distance(state.x) < 0.02
@@ -142,7 +143,7 @@ def test_an_oracle_finds_mistakes_in_fewer_steps(rng):
     def share_wrong(trust, n_steps):
         net = both_of(denoiser, lambda x, label: oracle.planner(x, None, label))
         x = torch.full((200, 16), V)
-        options = dict(n_steps=n_steps, generator=rng, trust=trust)
+        options = dict(n_steps=n_steps, generator=rng, trust=trust, eta=1.0, order="random")
         final = last(planned(net, x, torch.arange(200), **options))
         return (final.x != x0).float().mean().item()
 
@@ -170,8 +171,8 @@ def test_confident_draws_are_uncovered_first(rng):
 
 
 @pytest.mark.parametrize("options, n_asked", [
-    (dict(), 3),                            # at t = 1/2, 3/8 and 1/4
-    (dict(eta=0.5), 6),
+    (dict(eta=1.0), 3),                     # at t = 1/2, 3/8 and 1/4
+    (dict(), 6),                            # all but the first and the last
     (dict(trust=0.0), 0),
 ])
 def test_the_planner_is_asked_where_it_has_a_choice(options, n_asked, rng):
