@@ -1,6 +1,7 @@
 """A planner on the trunk of the denoiser of configs/maze_ddpd.py, which is trained first.
 
-python train_ddpd.py configs/maze_trunk.py && python sample.py out/maze_trunk --n-steps 16
+python train_ddpd.py configs/maze_trunk.py
+python sample.py out/maze_trunk --n-steps 16 --noise 1
 """
 data = "maze"
 n_layer = 4

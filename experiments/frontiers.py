@@ -25,6 +25,7 @@ import common
 import exact
 import numpy as np
 from scipy import stats
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -188,12 +189,12 @@ def sample_row(judged: evaluate.Judged, task: Task, setting: Setting) -> dict[st
 
 def flops_per_sample(judged: evaluate.Judged, setting: Setting, flags: evaluate.Flags) -> int:
     """Of all its network calls, each by the size of its network: counted by PyTorch while some
-    samples are drawn."""
+    samples are drawn. Fused attention is taken apart, for it is not counted on every device."""
     [stage] = evaluate.plan_stages(setting.arm.sampler, judged, setting.calls, flags)
     labels, _, tokens, known = judged.held_out(flags)
     request = sampling.Request(stage.sampler, stage.options, setting.seed, labels, tokens, known)
     n = min(N_COUNTED, len(labels))
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         sampling.draw_batch(judged.run, request, range(n))
     return round(counter.get_total_flops() / n)
 
