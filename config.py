@@ -97,10 +97,10 @@ class MethodOptions:
     """What is learned. Each flag names the methods that read it."""
     # ddpd: planned denoising, arXiv:2410.06264; gidd: arXiv:2503.04482; forcing: arXiv:2407.01392
     method: Literal["ddpd", "gidd", "forcing"] = "ddpd"
-    # ddpd. pair: planner and denoiser; trunk: a mask denoiser, and a planner on its last residual;
-    # single: one denoiser of uniform noise that serves as both
+    # ddpd: which networks. pair, planner and denoiser; trunk, a mask denoiser and a planner on its
+    # last residual; single, one denoiser of uniform noise that serves as both
     nets: Literal["pair", "trunk", "single"] = "pair"
-    planner_layers: Layers = 2              # ddpd, nets trunk: blocks of the planner
+    planner_layers: Layers = 2              # ddpd: blocks of the planner of nets trunk
     # ddpd: the denoiser's noise; the planner sees the same, but uniform noise instead of masks
     denoiser_process: Literal["mask", "uniform"] = "mask"
     # ddpd: share of the planner's rows in which masks are filled by the averaged denoiser, instead
@@ -123,7 +123,7 @@ class MethodOptions:
     # forcing: how levels are drawn in training. frame, token: each has its own; shared: one for all
     # frames after the context; next: one frame is noised, those before it are clean
     noise_granularity: Literal["frame", "token", "shared", "next"] = "frame"
-    # forcing, by frame or token: share of rows with levels as in a rollout, others are independent
+    # forcing: share of rows with levels as in a rollout, by frame or token; others are independent
     rollout_share: Share = 0.25
     context_frames: NotNegative = 0         # forcing: frames that every rollout is given, at least
 
