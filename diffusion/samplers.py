@@ -412,7 +412,7 @@ def planned(
     as by remdm(remask="rescale") on average, and masks are uncovered until a share s is left.
     both(x, t, label)  ->  logits (B, N, V) of the denoiser, and (B, N) of a planner that says which
     visible tokens are wrong: State.p_noise. It is asked in steps that mask some of them again; in
-    steps that mask all or none the denoiser is asked alone, and p_noise of all of them is 1 or 0.
+    others, and without trust, the denoiser is asked alone, and p_noise is the share masked again.
     eta        share of what may be masked again that is; 0: nothing
     trust      power of the odds of being wrong, to which tokens are masked again in proportion; 0:
                all alike, as in remdm
