@@ -153,7 +153,7 @@ def rollout(
     context_level: float = 0.0, kv_cache=None, reward: Callable | None = None,
     reward_weight: float = 1.0, particles: int = 1, n_draws: int = 1, **decoding,
 ) -> Iterator[State]:
-    """Denoise frames along the columns of a scheduling matrix, by the posterior at each own level.
+    """Denoise frames along the rows of a scheduling matrix, by the posterior at each token's level.
 
     x (B, N) pure noise but for known tokens, levels (R, F) as of rollout_levels, F frames of N / F
     tokens  ->  yields State, one for each step in which frames fall
@@ -171,14 +171,13 @@ def rollout(
     check_at_least(window=(window, 0), particles=(particles, 1), n_draws=(n_draws, 1))
     check_told_levels(noise, stabilization_level, context_level)
     check_rollout(x, levels, noise, vocab, window, particles)
-    if reward and not isinstance(generator, torch.Generator):
-        raise ValueError("particles are resampled from each other: they need a torch.Generator")
-    if kv_cache is not None and (reward or options.guidance != 1):
-        raise ValueError("a cache holds one set of rows: it goes without reward and guidance")
+    check_reward(reward, generator, kv_cache, options)
 
     n_tokens = x.shape[1]
     editable = editable_mask(x, known)
     x, editable, levels = pad_to_window(x, editable, levels, window, noise, generator)
+    window = window or levels.shape[1]
+    told = ToldLevels(stabilization_level, context_level)
     swarm = Particles(reward, reward_weight, particles, n_draws, x, generator) if reward else None
     steps = [i for i in range(len(levels) - 1) if (levels[i] > levels[i + 1]).any()]
     nfe = torch.zeros_like(label)
@@ -186,60 +185,60 @@ def rollout(
         nothing = torch.zeros(len(x), n_tokens, device=x.device)
         yield State(x[:, :n_tokens], nothing, nothing.bool(), nothing[:, 0], nfe)
     for i in steps:
-        view = view_of_step(levels[i], levels[i + 1], window or len(levels[i]), kv_cache, editable)
-        t_input = torch.where(view.t == 0, stabilization_level, view.t)
-        t_input = torch.where(view.editable, t_input, context_level)
-        logits, calls = ask_denoiser(
-            denoiser, x[:, view.seen], t_input, label, options, kv_cache, view.n_finished
-        )
-        nfe = nfe + calls
-        noise = replace(noise, vocab=logits.shape[-1])
-        probs = truncate_probs(logits.float(), options)                     # (B, n, V)
-        p_at_x = gather_at(probs, x[:, view.seen])                          # (B, n)
-        p_noise_seen = posterior_noise_prob(p_at_x, x[:, view.seen], view.t, noise) * (view.t > 0)
+        view = view_of_step(levels[i], levels[i + 1], window, kv_cache, editable, told)
+        guess = predict(denoiser, x[:, view.seen], label, view, noise, options, kv_cache)
+        nfe = nfe + guess.calls
         if swarm:
-            expected = swarm.expected_reward(x, view.seen, probs, p_noise_seen, n_tokens)
+            expected = swarm.expected_reward(x, view.seen, guess.probs, guess.p_noise, n_tokens)
             rows = swarm.reweight_and_resample(expected)
-            x, probs, p_at_x, p_noise_seen = (y[rows] for y in (x, probs, p_at_x, p_noise_seen))
+            x = x[rows]
+            guess = guess.of_rows(rows)
 
         before = x.clone()
-        x[:, view.falling] = draw_fall(x, probs, p_at_x, view, noise, generator)
+        x[:, view.seen][:, view.falling] = draw_falling(x[:, view.seen], guess, view, generator)
         written = x != before
         p_noise = torch.zeros(x.shape, device=x.device)
-        p_noise[:, view.seen] = p_noise_seen
+        p_noise[:, view.seen] = guess.p_noise
         if swarm and i == steps[-1]:
             rows = swarm.reweight_and_resample(reward(x[:, :n_tokens]), always=True)
             x, p_noise, written = (y[rows] for y in (x, p_noise, written))
         mean_t = view.t.sum(1) / (view.t > 0).sum(1).clamp_min(1)           # of noisy tokens
-        now = x[:, :n_tokens].clone()
-        yield State(now, p_noise[:, :n_tokens], written[:, :n_tokens], mean_t, nfe)
+        made = slice(n_tokens)                                              # without the padding
+        yield State(x[:, made].clone(), p_noise[:, made], written[:, made], mean_t, nfe)
+
+
+class ToldLevels(NamedTuple):
+    """What the denoiser is told instead of level 0."""
+    stabilization: float        # at finished tokens
+    context: float              # at known ones
 
 
 class View(NamedTuple):
-    """The tokens that one step of a rollout sees and writes."""
-    seen: slice                 # of x: the n tokens of the window's frames
-    falling: slice              # of x: the tokens of the frames that fall
-    falling_in_seen: slice      # the same, of the n tokens seen
+    """What one step of a rollout sees: n tokens, those of the window's frames."""
+    seen: slice                 # of all N tokens
+    falling: slice              # of the n tokens: those of the frames that fall
     t: Tensor                   # (B, n) level before the step, 0 at known tokens
     s: Tensor                   # (B, n) level after it
-    editable: Tensor            # (B, n) bool
+    t_input: Tensor             # (B, n) level that the denoiser is told
     n_finished: int             # frames at the start of the window that are finished
 
 
-def view_of_step(t: Tensor, s: Tensor, window: int, kv_cache, editable: Tensor) -> View:
+def view_of_step(
+    t: Tensor, s: Tensor, window: int, kv_cache, editable: Tensor, told: ToldLevels,
+) -> View:
     """Frames at levels t (F,) that fall to s (F,), in a window of frames.  editable (B, N)"""
     size = editable.shape[1] // len(t)
-    frames = (t > s).nonzero()[:, 0].tolist()
-    first, end = visible_frames(frames, len(t), window, kv_cache)
+    falling = (t > s).nonzero()[:, 0].tolist()
+    first, end = visible_frames(falling, len(t), window, kv_cache)
     seen = slice(first * size, end * size)
-    falling = slice(frames[0] * size, (frames[-1] + 1) * size)
     is_editable = editable[:, seen]
+    t_seen = t[first:end].repeat_interleave(size) * is_editable
+    s_seen = s[first:end].repeat_interleave(size) * is_editable
+    t_input = torch.where(t_seen == 0, told.stabilization, t_seen)
+    t_input = torch.where(is_editable, t_input, told.context)
     return View(
-        seen, falling, slice(falling.start - seen.start, falling.stop - seen.start),
-        t=t[first:end].repeat_interleave(size) * is_editable,
-        s=s[first:end].repeat_interleave(size) * is_editable,
-        editable=is_editable,
-        n_finished=int((t[first:end] > 0).int().argmax()),
+        seen, slice((falling[0] - first) * size, (falling[-1] + 1 - first) * size),
+        t_seen, s_seen, t_input, n_finished=int((t[first:end] > 0).int().argmax()),
     )
 
 
@@ -258,29 +257,47 @@ def visible_frames(falling: list[int], n_frames: int, window: int, kv_cache) -> 
     return first, end
 
 
-def ask_denoiser(
-    denoiser: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding, kv_cache,
-    n_finished: int,
-) -> tuple[Tensor, int]:
-    """Ask through the cache, or with guidance.  -> logits (B, n, V), network calls"""
+class Prediction(NamedTuple):
+    """What the denoiser says of the n tokens seen."""
+    probs: Tensor               # (B, n, V)
+    p_at_x: Tensor              # (B, n) of the tokens as they are
+    p_noise: Tensor             # (B, n)
+    noise: Noise                # with the vocabulary V
+    calls: int
+
+    def of_rows(self, rows: Tensor) -> "Prediction":
+        return self._replace(
+            probs=self.probs[rows], p_at_x=self.p_at_x[rows], p_noise=self.p_noise[rows]
+        )
+
+
+def predict(
+    denoiser: Callable, x: Tensor, label: Tensor, view: View, noise: Noise, options: Decoding,
+    kv_cache,
+) -> Prediction:
+    """Ask the denoiser about the tokens seen, x (B, n), through the cache or with guidance."""
     if kv_cache is not None:
-        return denoiser(x, t, label, None, kv_cache, n_finished), 1
-    return cfg_logits(denoiser, x, t, label, options)
+        logits = denoiser(x, view.t_input, label, None, kv_cache, view.n_finished)
+        calls = 1
+    else:
+        logits, calls = cfg_logits(denoiser, x, view.t_input, label, options)
+    noise = replace(noise, vocab=logits.shape[-1])
+    probs = truncate_probs(logits.float(), options)
+    p_at_x = gather_at(probs, x)
+    p_noise = posterior_noise_prob(p_at_x, x, view.t, noise) * (view.t > 0)
+    return Prediction(probs, p_at_x, p_noise, noise, calls)
 
 
-def draw_fall(
-    x: Tensor, probs: Tensor, p_at_x: Tensor, view: View, noise: Noise, generator: Random,
-) -> Tensor:
+def draw_falling(x: Tensor, guess: Prediction, view: View, generator: Random) -> Tensor:
     """New tokens of the frames that fall, from the posterior at each token's own level.
 
-    x (B, N); probs (B, n, V) and p_at_x (B, n) of the tokens seen  ->  (B, falling tokens)
+    x (B, n)  ->  (B, tokens of view.falling)
     """
-    at = view.falling_in_seen
-    old = x[:, view.falling]
-    t, s = view.t[:, at], view.s[:, at]
-    draws = sample_categorical(probs[:, at], generator)
-    new = sample_posterior(draws, p_at_x[:, at], old, t, s, noise, generator)
-    return torch.where(t > s, new, old)
+    at = view.falling
+    x, t, s = x[:, at], view.t[:, at], view.s[:, at]
+    draws = sample_categorical(guess.probs[:, at], generator)
+    new = sample_posterior(draws, guess.p_at_x[:, at], x, t, s, guess.noise, generator)
+    return torch.where(t > s, new, x)
 
 
 def check_told_levels(noise: Noise, stabilization_level: float, context_level: float) -> None:
@@ -290,6 +307,16 @@ def check_told_levels(noise: Noise, stabilization_level: float, context_level: f
         raise ValueError(
             "stabilization needs uniform noise: with masks a visible token is certain at any level"
         )
+
+
+def check_reward(
+    reward: Callable | None, generator: Random, kv_cache, options: Decoding,
+) -> None:
+    """Refuse what a reward, or a cache, excludes."""
+    if reward and not isinstance(generator, torch.Generator):
+        raise ValueError("particles are resampled from each other: they need a torch.Generator")
+    if kv_cache is not None and (reward or options.guidance != 1):
+        raise ValueError("a cache holds one set of rows: it goes without reward and guidance")
 
 
 def check_rollout(

@@ -8,6 +8,7 @@ where p is the denoiser's leave-one-out prediction and w a weight of token_weigh
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,31 +129,67 @@ def loss_and_grad(
     grad: Tensor | None,
 ) -> Tensor:
     """The loss of some rows (n,); d loss / d logits is written to grad (n, V), if there is one."""
+    terms = terms_of(logits, x0, z, t, noise)
+    loss = weight * (kl_of(terms) + itakura_saito_of(terms))
+    if grad is not None:
+        write_grad(terms, weight, grad)
+    return loss
+
+
+class Terms(NamedTuple):
+    """What the loss and its gradient share: n tokens, in the letters of the file's first lines."""
+    a: Tensor                   # (n,)
+    b: Tensor                   # (n,)
+    total: Tensor               # (n,) C
+    ratio: Tensor               # (n,) a / b
+    probs: Tensor               # (n, V) p
+    q: Tensor                   # (n, V) 1 + ratio p_j, which is q_t(j | p) divided by b / C
+    at_x0_and_z: Tensor         # (n, 2) ids
+    p_x0: Tensor                # (n,)
+    p_z: Tensor                 # (n,) anything at a mask
+    r: Tensor                   # (n,) q_t(z | x0) / q_t(z | p)
+
+
+def terms_of(logits: Tensor, x0: Tensor, z: Tensor, t: Tensor, noise: Noise) -> Terms:
     vocab = logits.shape[1]
     a, _, c, total = noise.row.weights(t, noise.p_uniform)
     b = c / vocab
     ratio = a / b.clamp_min(torch.finfo(logits.dtype).tiny)
-    probs = logits.softmax(-1)                                          # (n, V)
-    at_x0_and_z = torch.stack([x0, z.clamp_max(vocab - 1)], 1)          # (n, 2)
+    probs = logits.softmax(-1)
+    q = (probs * ratio[:, None]).add_(1)
+    at_x0_and_z = torch.stack([x0, z.clamp_max(vocab - 1)], 1)
     p_x0, p_z = probs.gather(1, at_x0_and_z).unbind(1)
-    is_mask = z == vocab
-    is_clean = z == x0
+    r = torch.where(z == x0, 1 + ratio, 1.0) / (1 + ratio * p_z)
+    r = torch.where(z == vocab, 1.0, r)                 # masks are as likely in both
+    return Terms(a, b, total, ratio, probs, q, at_x0_and_z, p_x0, p_z, r)
 
-    # divided by b / C, q_t(j | p) is 1 + a p_j / b and q_t(j | x0) is 1, or 1 + a / b at x0; masks
-    # have the same probability in both, and cancel
-    q = (probs * ratio[:, None]).add_(1)                                # (n, V)
-    sum_log_q = q.log().sum(-1)                                         # S
-    kl = ((a + b) * ratio.log1p() - a * (ratio * p_x0).log1p() - b * sum_log_q) / total
-    r = torch.where(is_clean, 1 + ratio, 1.0) / (1 + ratio * p_z)       # q_t(z | x0) / q_t(z | p)
-    itakura_saito = torch.where(is_mask, 0.0, r - r.log() - 1)
 
-    if grad is not None:
-        # dL/dp_j: S gives -w b/C a/(b + a p_j) for every j, in place; x0 and z add their own terms
-        d_probs = torch.div((-weight * b / total * ratio)[:, None], q, out=q)
-        d_log = ratio[:, None] / (1 + ratio[:, None] * torch.stack([p_x0, p_z], 1))
-        factor = torch.stack([-weight * a / total, torch.where(is_mask, 0.0, weight * (1 - r))], 1)
-        d_probs.scatter_add_(1, at_x0_and_z, factor * d_log)
-        # through the softmax: dL/dlogit_j = p_j (dL/dp_j - sum_k p_k dL/dp_k)
-        mean = torch.linalg.vecdot(probs, d_probs)[:, None]
-        torch.mul(probs, d_probs.sub_(mean), out=grad)
-    return weight * (kl + itakura_saito)
+def kl_of(terms: Terms) -> Tensor:
+    """KL(q_t(. | x0) || q_t(. | p)): divided by b / C, q_t(j | x0) is 1, but 1 + a / b at x0; the
+    mask cancels.  -> (n,)"""
+    a, b, ratio = terms.a, terms.b, terms.ratio
+    sum_log_q = terms.q.log().sum(-1)                   # S
+    at_x0 = (a + b) * ratio.log1p() - a * (ratio * terms.p_x0).log1p()
+    return (at_x0 - b * sum_log_q) / terms.total
+
+
+def itakura_saito_of(terms: Terms) -> Tensor:
+    """r - log r - 1, which is 0 at a mask.  -> (n,)"""
+    return terms.r - terms.r.log() - 1
+
+
+def write_grad(terms: Terms, weight: Tensor, grad: Tensor) -> None:
+    """d loss / d logits into grad (n, V); terms.q and terms.probs are used up."""
+    ratio = terms.ratio[:, None]
+    w = weight[:, None]
+    # dL/dp_j: every j has -w (b / C) ratio / q_j, by S
+    of_all = -w * terms.b[:, None] / terms.total[:, None] * ratio
+    d_probs = torch.div(of_all, terms.q, out=terms.q)
+    # and x0 and z have more, by the KL's own term and by r, through log(1 + ratio p)
+    p_at = torch.stack([terms.p_x0, terms.p_z], 1)
+    d_log = ratio / (1 + ratio * p_at)                                  # (n, 2)
+    by_log = torch.stack([-weight * terms.a / terms.total, weight * (1 - terms.r)], 1)
+    d_probs.scatter_add_(1, terms.at_x0_and_z, by_log * d_log)
+    # through the softmax: dL/dlogit_j = p_j (dL/dp_j - sum_k p_k dL/dp_k)
+    mean = torch.linalg.vecdot(terms.probs, d_probs)[:, None]
+    torch.mul(terms.probs, d_probs.sub_(mean), out=grad)
