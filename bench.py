@@ -11,7 +11,7 @@ import typing
 from dataclasses import dataclass
 
 import config
-from config import Positive
+from support.flags import Positive
 
 
 @dataclass(frozen=True)

@@ -4,44 +4,31 @@ Flags override config files, of which a later one overrides an earlier one, and 
 The comment beside a field is its --help. Off is 0 or "".
 """
 
-import ast
-import difflib
 import math
-import operator
 import os
-import reprlib
-import shlex
 import sys
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, make_dataclass, replace
-from dataclasses import field as dataclass_field
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from support.config_files import read_file, summary_of
+from support.flags import (
+    Layers,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    Seed,
+    Share,
+    check_bounds,
+    check_type,
+    flaw,
+    parse,
+)
+from support.messages import may_stop_reading, nearest, shown
+from support.meta_file import MAX_IDS, MAX_TOKENS
 
 CONFIGS = Path(__file__).parent / "configs"
-LARGEST = 2**63             # larger numbers are neither taken nor computed
-MAX_TEXT = 1000             # characters
-MAX_SHOWN = 100             # characters of a value in a message
-MAX_IDS = 2**31             # of a vocabulary, and classes
-MAX_TOKENS = 2**24          # of a sequence
-
-
-class Bound(NamedTuple):
-    low: float
-    high: float = math.inf
-
-
-Positive = Annotated[int, Bound(1)]
-Layers = Annotated[int, Bound(1, 10_000)]
-NotNegative = Annotated[int, Bound(0)]
-NotNegativeFloat = Annotated[float, Bound(0)]
-Share = Annotated[float, Bound(0, 1)]
-Seed = Annotated[int, Bound(0, 2**32 - 1)]      # distinct seeds are distinct orders of the data
-RENAMED = {"--n-samples": "--n"}                # flags of older versions
-PROSE = "prose"
-Prose = Annotated[str, PROSE]                   # may be long and have several lines
 
 
 # Training, in the groups of --help
@@ -329,19 +316,6 @@ def load(cls: type = Config, argv: list[str] | None = None) -> Any:
     return check(cfg)
 
 
-@contextmanager
-def may_stop_reading() -> Iterator[None]:
-    """For what is printed into a pipe such as `| head`, which may close before the end."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # flushed at exit
-        raise SystemExit(0) from None
-
-
 def config_path(name: str) -> Path:
     """A config file, or the name of one of configs/."""
     if said := flaw(name):
@@ -358,256 +332,10 @@ def config_path(name: str) -> Path:
 def print_configs() -> None:
     """The names of configs/, each with the first sentence of its header."""
     for path in sorted(CONFIGS.glob("*.py")):
-        header = ast.get_docstring(parse_file(path)[0]) or "no header"
-        print(f"{path.stem:16} {header.splitlines()[0]}")
-
-
-def parse(cls: type, values: dict[str, Any], argv: list[str]) -> Any:
-    """Flags over values, by tyro, with --help in the groups of cls.GROUPS.  -> an instance of
-    cls"""
-    import tyro
-
-    refuse_unknown_flags(cls, argv)
-    refuse_missing(cls, argv)
-    rows = []
-    for name, group in cls.GROUPS.items():
-        own = {field.name: values[field.name] for field in fields(group) if field.name in values}
-        is_required = any(field.default is MISSING for field in fields(group))
-        default = MISSING if is_required else group(**own)
-        rows.append((name, tyro.conf.OmitArgPrefixes[group], default_field(default)))
-    command_line = make_dataclass(cls.__name__, rows, namespace={"__doc__": cls.__doc__})
-    with may_stop_reading():
-        grouped = tyro.cli(command_line, args=argv, config=(tyro.conf.PositionalRequiredArgs,))
-    flat = {}
-    for name in cls.GROUPS:
-        flat |= vars(getattr(grouped, name))
-    return cls(**flat)
-
-
-def as_flags(values: dict[str, Any]) -> str:
-    """The flags that set fields to these values."""
-    words = []
-    for name, value in values.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    return shlex.join(words)
-
-
-def default_field(default: Any) -> Any:
-    return dataclass_field() if default is MISSING else dataclass_field(default=default)
-
-
-def refuse_unknown_flags(cls: type, argv: list[str]) -> None:
-    """tyro refuses them too, but in a box; one line names the nearest flag."""
-    flags = ["--help"]
-    for field in fields(cls):
-        flag = field.name.replace("_", "-")
-        flags += [f"--{flag}", f"--no-{flag}"] if field.type in (bool, "bool") else [f"--{flag}"]
-    for arg in argv:
-        flag = arg.split("=")[0].replace("_", "-")
-        if arg.startswith("--") and flag not in flags:
-            if RENAMED.get(flag) in flags:
-                raise SystemExit(f"{flag} is now called {RENAMED[flag]}")
-            raise SystemExit(f"unknown flag {flag}; {nearest(flag, flags)}")
-
-
-def refuse_missing(cls: type, argv: list[str]) -> None:
-    """Refuse missing positional arguments by a line of usage; flags take the words after them."""
-    types = typing.get_type_hints(cls)
-    required = [field.name for field in fields(cls) if field.default is MISSING]
-    words = [name.upper() for name in required if types[name] is str]
-    n_given = 0
-    n_values = 0                # words that the flag before them may still take
-    for arg in argv:
-        if arg.startswith("--"):
-            name = arg.removeprefix("--").replace("-", "_")
-            kind = types.get(name, bool)                                # --no-NAME, --NAME=VALUE
-            n_values = math.inf if typing.get_origin(kind) is tuple else int(kind is not bool)
-        elif n_values:
-            n_values -= 1
-        else:
-            n_given += 1
-    if n_given < len(words) and not {"-h", "--help"} & set(argv):
-        script = Path(sys.argv[0]).name
-        raise SystemExit(f"usage: python {script} {' '.join(words)}, then flags: see --help")
-
-
-def nearest(word: str, words: list[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0)
-    return f"did you mean {close[0]}?" if close else ""
-
-
-def shown(value: Any) -> str:
-    """A value in a message: on one line, cut short where it is long."""
-    return " ".join(reprlib.repr(value).split())[:MAX_SHOWN]
-
-
-# Config files
-
-
-def read_file(path: str | Path, cls: type = Config) -> dict[str, Any]:
-    """The assignments of one config file."""
-    types = typing.get_type_hints(cls, include_extras=True)
-    names = [field.name for field in fields(cls)]
-    module, lines = parse_file(path)
-    values = {}
-    for node in module.body:
-        where = f"{path}, line {node.lineno}"
-        line = lines[node.lineno - 1].strip()[:MAX_TEXT]
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue                                                    # the header
-        is_assignment = isinstance(node, ast.Assign) and len(node.targets) == 1
-        if not is_assignment or not isinstance(node.targets[0], ast.Name):
-            raise SystemExit(f"{where}: a config file holds assignments only, not `{line}`")
-        key = node.targets[0].id
-        if key not in names:
-            raise SystemExit(f"{where}: unknown key {key}; {nearest(key, names)}")
-        try:
-            value = evaluate(node.value, values)
-        except (ArithmeticError, NameError) as error:
-            raise SystemExit(f"{where}: {key}: {error}") from None
-        except (SyntaxError, RecursionError):
-            raise SystemExit(
-                f"{where}: {key} must be a value or arithmetic, not `{line}`"
-            ) from None
-        values[key] = check_type(value, types[key], f"{where}: {key}")
-    return values
-
-
-def parse_file(path: str | Path) -> tuple[ast.Module, list[str]]:
-    """-> its syntax tree, its lines"""
-    try:
-        text = Path(path).read_text()
-        return ast.parse(text), text.split("\n")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SystemExit(f"{path}: {error}") from None
-    except (RecursionError, MemoryError):
-        raise SystemExit(f"{path}: it is nested too deeply") from None
-
-
-def evaluate(node: ast.expr, values: dict[str, Any]) -> Any:
-    """A literal, a name assigned before, a tuple, or arithmetic on numbers. Nothing is run, and no
-    number exceeds LARGEST.
-
-    Raises SyntaxError for anything else
-    """
-    if isinstance(node, ast.Constant):
-        return not_too_large(node.value)
-    if isinstance(node, ast.Name):
-        if node.id not in values:
-            raise NameError(f"{node.id} has no value above this line")
-        return values[node.id]
-    if isinstance(node, ast.Tuple):
-        return tuple(evaluate(part, values) for part in node.elts)
-    if isinstance(node, ast.BinOp):
-        parts = [node.left, node.right]
-    elif isinstance(node, ast.UnaryOp):
-        parts = [node.operand]
-    else:
-        raise SyntaxError
-    if type(node.op) not in OPERATORS:
-        raise SyntaxError
-    numbers = [evaluate(part, values) for part in parts]
-    for number in numbers:
-        if type(number) not in (int, float):
-            raise ArithmeticError(f"arithmetic is for numbers, not for {shown(number)}")
-    return not_too_large(OPERATORS[type(node.op)](*numbers))
-
-
-def not_too_large(value: Any) -> Any:
-    """The value itself. Raises ArithmeticError"""
-    if type(value) in (int, float) and not abs(value) <= LARGEST:
-        raise ArithmeticError("numbers go to 2**63")
-    return value
-
-
-def power(base: float, exponent: float) -> float:
-    """base ** exponent, unless that is too large to be worth computing."""
-    if abs(base) > 1 and exponent * math.log2(abs(base)) > math.log2(LARGEST) + 1:
-        raise ArithmeticError("numbers go to 2**63")
-    return base**exponent
-
-
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: power,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
+        print(f"{path.stem:16} {summary_of(path) or 'no header'}")
 
 
 # Checks
-
-
-def check_type(value: Any, kind: Any, where: str) -> Any:
-    """The value as its field's type, or a refusal."""
-    if typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if type(value) is not str or value not in choices:
-            raise SystemExit(f"{where} is {shown(value)}, not one of {', '.join(choices)}")
-        return value
-    if typing.get_origin(kind) is tuple:
-        if type(value) is not tuple or any(type(part) is not int for part in value):
-            raise SystemExit(
-                f"{where} is {shown(value)}, not whole numbers in brackets, as (32, 32)"
-            )
-        return value
-    if kind is float and type(value) is int and abs(value) <= LARGEST:
-        return float(value)
-    if type(value) is not kind:
-        raise SystemExit(f"{where} is {shown(value)}, not {kind.__name__}")
-    return value
-
-
-def flaw(value: Any) -> str:
-    """What is wrong with a text or number, whatever its field; "" where nothing is."""
-    if isinstance(value, str):
-        if len(value) > MAX_TEXT:
-            return f"{len(value)} characters long; it must have at most {MAX_TEXT}"
-        if not is_plain(value):
-            return f"{shown(value)}; it must be without control characters"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{value}; it must be a finite number"
-    if isinstance(value, int) and abs(value) > LARGEST:
-        return "too large; numbers go to 2**63"
-    return ""
-
-
-def is_plain(text: str) -> bool:
-    """Is this one line of characters that a file can be named by?"""
-    return not any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in text)
-
-
-def check_bounds(flags: Any) -> Any:
-    """Refuse, by name, texts and numbers of no use, and numbers outside of their field's Bound."""
-    for name, kind in typing.get_type_hints(type(flags), include_extras=True).items():
-        value = getattr(flags, name, None)
-        if PROSE in getattr(kind, "__metadata__", ()):
-            continue
-        for part in value if isinstance(value, tuple) else (value,):
-            if said := flaw(part):
-                raise SystemExit(f"{name} is {said}")
-        bounds = [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, Bound)]
-        for low, high in bounds:
-            if low <= value <= high:
-                continue
-            if high < math.inf:
-                raise SystemExit(f"{name} is {value}; it must lie in [{low}, {high}]")
-            raise SystemExit(
-                f"{name} is {value}; it must "
-                + ("be at least 1" if low == 1 else "not be negative")
-            )
-    return flags
 
 
 def check(cfg: Config) -> Config:

@@ -7,6 +7,7 @@ import typing
 from dataclasses import dataclass
 
 import config
+from support.flags import NotNegative, Share
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class EvaluateOptions:
     nfe: tuple[int, ...] = ()
     n: int = 500                            # samples per row, classes in turn
     seeds: tuple[int, ...] = (0,)           # of the sampling noise; one row each
-    batch_size: config.NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
-    correct: config.NotNegative = 0         # gidd: steps of self-correction, which add a row
-    flips: config.Share = 0.0               # share of known tokens that are redrawn as another id
+    batch_size: NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
+    correct: NotNegative = 0         # gidd: steps of self-correction, which add a row
+    flips: Share = 0.0               # share of known tokens that are redrawn as another id
     bits: bool = True                       # estimate bits per token, which takes a while
     again: bool = False                     # draw finished rows of evaluate.csv anew
     planner: bool = False                   # judge the planner too: RUN/reliability.png

@@ -41,8 +41,9 @@ from torch import Tensor
 
 import data
 import methods
-from support import checkpoint, exports, hub, logs, pictures, runtime, sampling
+from support import checkpoint, exports, hub, logs, meta_file, pictures, runtime, sampling
 from support.checkpoint import Run, load_run
+from support.flags import as_flags
 from support.validate import find_decoder
 
 CARD = "README.md"
@@ -154,7 +155,7 @@ def training_flags(options: dict[str, Any]) -> str:
         value = options[field.name]
         if value != field.default and field.name not in checkpoint.PRIVATE:
             stated[field.name] = value
-    return config.as_flags(stated)
+    return as_flags(stated)
 
 
 def front_matter(run: Run, license: str) -> str:
@@ -298,14 +299,14 @@ def make_folder(folder: Path) -> None:
 def main(flags: Flags) -> None:
     check_flags(flags)
     run = load_run(flags.run)
-    kept = [data.kept_file(run.folder, run.spec.meta, key) for key in data.KEPT]
+    kept = [meta_file.kept_file(run.folder, run.spec.meta, key) for key in meta_file.KEPT]
     start = starting_point(run.spec)
     folder = Path(flags.folder)
     make_folder(folder)
     before = exports.read_values(folder)["digest"] if exports.is_ours(folder) else ""
     name = hub.PREFIX + flags.push if flags.push else f"PATH/{folder.resolve().name}"
     checkpoint.write_export(folder, run)
-    data.copy_kept_files(run.folder, folder, run.spec.meta)
+    meta_file.copy_kept_files(run.folder, folder, run.spec.meta)
     if before and exports.read_values(folder)["digest"] != before:
         print(f"{folder} held other weights, which are replaced; files made from them stay")
     draw_picture(folder, start)

@@ -9,24 +9,25 @@ import typing
 from dataclasses import dataclass, replace
 
 import config
+from support.flags import NotNegative, Prose, Seed
 
 
 @dataclass(frozen=True)
 class SampleOptions:
     """What is sampled."""
     run: str                                # folder of a run, exported or not, or hf://OWNER/NAME
-    n: config.NotNegative = 0               # samples, classes in turn; 0: every class once, or 8
+    n: NotNegative = 0               # samples, classes in turn; 0: every class once, or 8
     labels: tuple[str, ...] = ()            # numbers or names of classes, in turn where n is given
     sampler: str = ""                       # one that fits the run's method; "": its first
     n_steps: int | None = None              # if not given 64, or 4 for each frame of a video
-    correct: config.NotNegative = 0         # gidd: steps of self-correction afterwards
-    seed: config.Seed = 0                   # of the noise and every draw
+    correct: NotNegative = 0         # gidd: steps of self-correction afterwards
+    seed: Seed = 0                   # of the noise and every draw
     # inpainting: .npz file with `tokens` (n, *grid), a bool `mask`, True where tokens stay, and
     # maybe `labels`; samples have no label if neither it nor --labels gives one
     known: str = ""
-    prompt: config.Prose = ""               # text: how it begins; [...] in the prompt is filled in
-    gap: config.NotNegative = 0             # tokens to fill in at [...]; 0: what is left
-    batch_size: config.NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
+    prompt: Prose = ""               # text: how it begins; [...] in the prompt is filled in
+    gap: NotNegative = 0             # tokens to fill in at [...]; 0: what is left
+    batch_size: NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FileOptions:
     out: str = ""                           # folder; "": RUN/samples/ and a name by the settings
     # samples in the video; 0: no video; if not given 10, or fewer tall ones
     n_video: int | None = None
-    scale: config.NotNegative = 0           # pixels per token in pictures; 0: chosen by their size
+    scale: NotNegative = 0           # pixels per token in pictures; 0: chosen by their size
     png: bool = False                       # each sample also as a file: png/00000000.png, ...
     # TorchScript file (code that is run), tokens (n, h, w) -> images (n, 3, H, W) in [-1, 1]
     decoder: str = ""

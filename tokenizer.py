@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 
 import config
-from config import NotNegativeFloat, Positive
+from support.flags import NotNegativeFloat, Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TokenizerOptions:
     max_iters: Positive = 3000              # iterations (optimizer steps)
     lr: NotNegativeFloat = 2e-3             # of AdamW
     save_interval: Positive = 250           # iterations between saves and validations
-    seed: config.Seed = 0                   # of weights and order
+    seed: Seed = 0                   # of weights and order
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"   # of matrix products
 
 

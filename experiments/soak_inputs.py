@@ -34,7 +34,7 @@ import methods
 import sample
 import train_ddpd
 from sources import mnist
-from support import checkpoint, logs, runtime, starts, training
+from support import checkpoint, logs, meta_file, runtime, starts, training
 
 sys.path.insert(0, str(common.ROOT / "tests"))
 
@@ -165,7 +165,7 @@ def mnist_arrays() -> dict[str, np.ndarray]:
 
 
 def read_data(folder: Path) -> None:
-    meta = data.read_meta(folder)
+    meta = meta_file.read_meta(folder)
     for split in data.SPLITS:
         rows = data.Split(folder, split, meta)
         rows.rows(np.arange(len(rows)))

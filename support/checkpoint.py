@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import torch
 
 import config
-import data
 import methods
 import model
-from support import exports, hub
+from support import exports, hub, meta_file
+from support.flags import LARGEST
+from support.messages import shown
 from support.runtime import first_line, one_line_errors, place
 
 KEYS = ("it", "config", "meta", "world_size", "nets", "ema", "optimizers")
@@ -223,7 +224,7 @@ def checked_spec(state: dict[str, Any]) -> methods.Spec:
     """What a run is, by its config and its data's meta. Raises as check_state does."""
     check_count("it", state["it"], 0)
     cfg = config.restore(state["config"])
-    if message := data.meta_error(state["meta"]):
+    if message := meta_file.meta_error(state["meta"]):
         raise ValueError(f"meta: {message}")
     return methods.spec_of(asdict(cfg), state["meta"])
 
@@ -235,8 +236,8 @@ def check_names(part: str, saved: Any, spec: methods.Spec) -> None:
 
 
 def check_count(name: str, value: Any, low: int) -> None:
-    if type(value) is not int or not low <= value <= config.LARGEST:
-        raise ValueError(f"{name} is {config.shown(value)}, not a whole number from {low} on")
+    if type(value) is not int or not low <= value <= LARGEST:
+        raise ValueError(f"{name} is {shown(value)}, not a whole number from {low} on")
 
 
 def check_weights(weights: dict[str, Any], spec: methods.Spec) -> dict[str, model.Transformer]:
@@ -270,7 +271,7 @@ def check_size(where: str, saved: Any, shape: model.Shape) -> None:
 def check_shapes(where: str, saved: Any, shapes: dict[str, tuple[int, ...]]) -> None:
     """These tensors of floating point numbers and no others."""
     if not isinstance(saved, dict) or set(saved) != set(shapes):
-        raise ValueError(f"{where} must hold {config.shown(sorted(shapes))}")
+        raise ValueError(f"{where} must hold {shown(sorted(shapes))}")
     for key, shape in shapes.items():
         tensor = saved[key]
         is_weight = isinstance(tensor, torch.Tensor) and tensor.dtype in WEIGHT_DTYPES

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-import data
-from support import exports
+from support import exports, meta_file
 from support.runtime import first_line
 
 PREFIX = "hf://"
@@ -58,9 +57,9 @@ def kept_names(folder: Path) -> list[str]:
         meta = exports.read_values(folder).get("meta")
     except ValueError:                                  # which load_run says
         return []
-    if not isinstance(meta, dict) or data.kept_error(meta):
+    if not isinstance(meta, dict) or meta_file.kept_error(meta):
         return []
-    return [meta[key]["file"] for key in data.KEPT if key in meta]
+    return [meta[key]["file"] for key in meta_file.KEPT if key in meta]
 
 
 def refuse_decoder(folder: Path, path: Path | None) -> None:

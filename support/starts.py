@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import config
 import data
 import methods
 from support import runtime
 from support.checkpoint import Run
+from support.messages import nearest
 from support.text import load_text, place_prompt
 
 N_SAMPLES = 8               # where no labels say how many
@@ -49,7 +49,7 @@ def known_classes(word: str, names: list[str]) -> str:
     if not names:
         return ", which has none"
     first = ", ".join(names[:N_NAMES]) + ", ..." * (len(names) > N_NAMES)
-    return f"; {config.nearest(word, names)} There are {first}"
+    return f"; {nearest(word, names)} There are {first}"
 
 
 def load_known_tokens(

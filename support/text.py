@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import data
 from sources import _tokenizer
+from support import meta_file
 
 GAP = "[...]"               # in a prompt, where text is filled in
 
@@ -46,7 +46,7 @@ class Text(NamedTuple):
 
 def load_text(folder: Path, meta: dict[str, Any]) -> Text:
     """The text of a folder of data or of a run."""
-    path = data.kept_file(folder, meta, "tokenizer")
+    path = meta_file.kept_file(folder, meta, "tokenizer")
     return Text(_tokenizer.load(path) if path else None)
 
 

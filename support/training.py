@@ -16,8 +16,9 @@ import data
 import methods
 import model
 from diffusion import objectives
-from support import checkpoint, hub, runtime
+from support import checkpoint, hub, meta_file, runtime
 from support.chunked_head import task_loss
+from support.flags import as_flags
 
 OF_DATA = ("vocab", "grid", "n_classes")    # what the shape of a network takes from the data
 
@@ -79,7 +80,7 @@ def open_run(cfg: config.Config, spec: methods.Spec, world: runtime.World) -> di
     if world.is_main and not (state and state["it"] >= cfg.max_iters):
         with runtime.one_line_errors(OSError):
             checkpoint.write_config(folder, asdict(cfg))
-            data.copy_kept_files(data.folder_of(cfg.data), folder, spec.meta)
+            meta_file.copy_kept_files(data.folder_of(cfg.data), folder, spec.meta)
     return state
 
 
@@ -183,7 +184,7 @@ def averages_of(
     if differing:
         has = ", ".join(f"{name} {value}, not {shape[name]}" for name, value in differing.items())
         of_data = [name for name in OF_DATA if name in differing]
-        remedy = "it was trained on other data" if of_data else config.as_flags(differing)
+        remedy = "it was trained on other data" if of_data else as_flags(differing)
         raise SystemExit(f"{said} has {has}: {remedy}")
     return other, other_spec
 

@@ -13,7 +13,7 @@ import config
 import data
 import methods
 from diffusion import objectives
-from support import hub, logs, pictures, runtime, videos
+from support import hub, logs, meta_file, pictures, runtime, videos
 from support.chunked_head import hidden_at_sites, map_logits
 from support.text import is_text, load_text
 
@@ -178,7 +178,7 @@ def find_decoder(
     with a tokenizer draws the tokens as words."""
     if is_text(meta) and "tokenizer" in meta and not path:
         return pictures.word_decoder(load_text(folder, meta).word)
-    kept = None if path else data.kept_file(folder, meta, "decoder")
+    kept = None if path else meta_file.kept_file(folder, meta, "decoder")
     hub.refuse_decoder(folder, kept)
     chosen = path or kept
     return pictures.load_decoder(str(chosen), meta, device) if chosen else None

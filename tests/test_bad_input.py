@@ -30,7 +30,7 @@ from test_layout import commands_in, texts
 import config
 import data
 from sources import mnist, tokens
-from support import checkpoint, runtime, training
+from support import checkpoint, meta_file, runtime, token_files, training
 
 CPU = torch.device("cpu")
 
@@ -227,9 +227,9 @@ def mnist_file(kind):
 def test_pipes_among_the_data_are_refused(pipe):
     """In place of arrays, of meta.json, and of the metadata beside a token file."""
     with pytest.raises(SystemExit):
-        data.read_npy(pipe)
+        token_files.read_npy(pipe)
     os.mkfifo(pipe.parent / "meta.json")
-    assert "not a file" in refusal(data.read_meta, pipe.parent)
+    assert "not a file" in refusal(meta_file.read_meta, pipe.parent)
     assert not data.has_data(pipe.parent)
     os.mkfifo(pipe.parent / "t_metadata.json")
     assert tokens.total_samples(pipe.parent / "t.safetensors") is None
@@ -281,7 +281,7 @@ def no_space(*args, **kwargs):
 def test_a_full_disk_leaves_no_data_half_made(tmp_path, monkeypatch, where):
     monkeypatch.chdir(tmp_path)
     owner, name = {
-        "tokens": (data.SplitWriter, "add"),
+        "tokens": (token_files.SplitWriter, "add"),
         "labels": (Path, "write_bytes"),
         "meta.json": (Path, "write_text"),
         "folder": (data.tempfile, "mkdtemp"),
@@ -341,8 +341,8 @@ def test_data_that_could_not_be_read_is_not_made(tmp_path, monkeypatch):
     dict(is_certain=[]),
 ])
 def test_a_meta_json_beyond_all_bounds_is_refused(change):
-    assert data.meta_error(meta_of(300, [8, 8], 2)) == ""
-    said = data.meta_error(meta_of(300, [8, 8], 2) | change)
+    assert meta_file.meta_error(meta_of(300, [8, 8], 2)) == ""
+    said = meta_file.meta_error(meta_of(300, [8, 8], 2) | change)
     assert said and len(said) < 200 and "\n" not in said
 
 

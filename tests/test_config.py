@@ -20,6 +20,7 @@ import data
 import evaluate
 import export
 import sample
+from support.flags import PROSE, Bound, check_bounds
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
@@ -277,7 +278,7 @@ def bounded_fields():
     for cls in (config.Config, sample.Flags, evaluate.Flags):
         for name, kind in typing.get_type_hints(cls, include_extras=True).items():
             for bound in getattr(kind, "__metadata__", ()):
-                if bound == config.PROSE:
+                if bound == PROSE:
                     continue
                 step = 1 if typing.get_args(kind)[0] is int else 0.001
                 cases.append((cls, name, bound.low - step))
@@ -315,11 +316,11 @@ def test_bounds_are_inclusive():
     for name, kind in typing.get_type_hints(config.Config, include_extras=True).items():
         for bound in getattr(kind, "__metadata__", ()):
             kinds.add(bound)
-            config.check_bounds(replace(config.Config(), **{name: bound.low}))
+            check_bounds(replace(config.Config(), **{name: bound.low}))
             if bound.high < math.inf:
-                config.check_bounds(replace(config.Config(), **{name: bound.high}))
+                check_bounds(replace(config.Config(), **{name: bound.high}))
     both = [(0, 1), (0, 2**32 - 1), (1, 10_000)]
-    assert kinds == {config.Bound(0), config.Bound(1), *(config.Bound(*ends) for ends in both)}
+    assert kinds == {Bound(0), Bound(1), *(Bound(*ends) for ends in both)}
 
 
 @pytest.mark.parametrize(

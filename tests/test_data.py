@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import data
 from sources import fashion_mnist, mnist, text, tokens
-from support import checkpoint, runtime, starts, training
+from support import checkpoint, meta_file, runtime, starts, training
 
 
 @pytest.fixture
@@ -397,7 +397,7 @@ def made(source, **options):
     options = data.Make(source.__name__.split(".")[-1], **options)
     folder = data.ROOT / (options.name or source.folder_name(options))
     data.make(source, folder, options)
-    meta = data.read_meta(folder)
+    meta = meta_file.read_meta(folder)
     rows = {}
     for name in ("train", "val"):
         split = data.Split(folder, name, meta)
@@ -635,7 +635,7 @@ def check_tokens(x, y, grid, vocab):
 
 
 def read_folder(path):
-    meta = data.read_meta(path.parent)
+    meta = meta_file.read_meta(path.parent)
     split = data.Split(path.parent, "val", meta)
     x, y = split.rows(np.arange(len(split)))
     check_tokens(x, y, [np.prod(meta["grid"])], meta["vocab"])

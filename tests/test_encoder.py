@@ -13,7 +13,7 @@ from PIL import Image
 
 import data
 from sources import _encoder, images
-from support import pictures, validate
+from support import meta_file, pictures, validate
 
 
 class CosmosLike(torch.nn.Module):
@@ -58,7 +58,7 @@ def make(module, **options):
     torch.jit.script(module).save("encoder.jit")
     defaults = dict(folder="F", name="made", image_size=256, encoder="encoder.jit")
     data.make(images, data.ROOT / "made", data.Make("images", **(defaults | options)))
-    meta = data.read_meta(data.ROOT / "made")
+    meta = meta_file.read_meta(data.ROOT / "made")
     return meta, data.Split(data.ROOT / "made", "train", meta)
 
 
@@ -122,7 +122,7 @@ def test_decoder_travels_and_a_changed_one_is_refused(tmp_path):
     meta, _ = make(CosmosLike(), vocab=64_000)
     run = tmp_path / "run"
     run.mkdir()
-    data.copy_kept_files(data.ROOT / "made", run, meta)
+    meta_file.copy_kept_files(data.ROOT / "made", run, meta)
     decoder = validate.find_decoder("", run, meta, "cpu")
     shown = pictures.pictures(np.full((1, 32, 32), 200), meta, decoder)
     assert shown.shape == (1, 256, 256, 3) and (shown == 255).all()

@@ -18,12 +18,11 @@ import yaml
 from conftest import meta_of, refusal, samples_of, save_run, tiny_config
 
 import config
-import data
 import evaluate
 import export
 import sample
 import train_ddpd
-from support import checkpoint, exports, hub
+from support import checkpoint, exports, hub, meta_file
 from support.checkpoint import digest, load_checkpoint, load_run
 
 FILES = {"model.safetensors", "config.json", "README.md", "samples.png"}
@@ -261,7 +260,7 @@ def decoded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoded") / "run"
     scratch = folder.parent / "decoder.jit"
     torch.jit.script(Decoder()).save(scratch)
-    entry = {"file": "decoder.jit", "sha256": data.file_sha256(scratch)}
+    entry = {"file": "decoder.jit", "sha256": meta_file.file_sha256(scratch)}
     save_run(folder, meta_of(9, [4, 4], 3, decoder=entry))
     shutil.copy(scratch, folder)
     return folder

@@ -12,6 +12,7 @@ from PIL import Image
 import data
 from sources import _palette, _pictures, avatars, images
 from sources._pictures import Picture
+from support import meta_file
 
 BLACK = (0, 0, 0)
 RED = (255, 0, 0)
@@ -30,7 +31,7 @@ def made(name="made", **options):
     """Run the source on F and read what it wrote.  ->  meta, {split: (tokens (n, S, S), labels)}"""
     options = data.Make("images", **(dict(folder="F", name=name, image_size=4) | options))
     data.make(images, data.ROOT / name, options)
-    meta = data.read_meta(data.ROOT / name)
+    meta = meta_file.read_meta(data.ROOT / name)
     rows = {}
     for split_name in data.SPLITS:
         split = data.Split(data.ROOT / name, split_name, meta)

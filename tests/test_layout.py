@@ -21,6 +21,7 @@ import export
 import plot
 import sample
 import tokenizer
+from support import meta_file
 
 # Modules and their imports
 
@@ -37,13 +38,18 @@ SUPPORT = {
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
         canvas pictures videos diagnostics timing text figures curves report comparison exports hub
-        sampling starts
+        sampling starts messages flags config_files meta_file token_files
     """.split()
 }
 BY_THEMSELVES = {
-    "config", "data", "diffusion.randomness",
+    "diffusion.randomness",
     "support.attention", "support.canvas", "support.chunked_head",
-    "support.runtime", "support.figures",
+    "support.runtime", "support.figures", "support.messages",
+}
+# What config.py and data.py read files and command lines with
+READERS = {
+    "support.messages", "support.flags", "support.config_files", "support.meta_file",
+    "support.token_files",
 }
 
 
@@ -118,6 +124,12 @@ def test_imports_are_seen():
 def test_the_foundations_import_nothing_of_ours():
     for name in sorted(BY_THEMSELVES):
         assert not imports_of(name), name
+
+
+def test_config_and_data_import_readers_alone():
+    """Neither imports the other, nor what a run needs."""
+    for name in sorted({"config", "data"} | READERS):
+        assert imports_of(name) <= READERS, name
 
 
 def test_the_mathematics_imports_itself_alone():
@@ -372,7 +384,7 @@ def test_commands_in_texts_exist(where):
                 assert is_file or (ROOT / "configs" / f"{name}.py").exists(), command
             if script == "data.py":
                 is_explained = f"sources/{name}.py" in text         # as an example to follow
-                assert name in data.source_names() or is_explained, command
+                assert name in meta_file.source_names() or is_explained, command
 
 
 @doc_files

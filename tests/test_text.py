@@ -20,7 +20,7 @@ import evaluate
 import methods
 import sample
 from sources import _tokenizer, text, tokens
-from support import metrics, pictures, runtime, starts, training, validate, videos
+from support import meta_file, metrics, pictures, runtime, starts, training, validate, videos
 from support.checkpoint import load_run
 from support.text import Text, load_text, place_prompt
 
@@ -219,7 +219,7 @@ def test_finished_tokens_of_text(book):
 def save_text_run(name, meta):
     """An untrained run on data/words in out/<name>."""
     save_run(f"out/{name}", meta, "--data", "words")
-    data.copy_kept_files(data.ROOT / "words", Path("out") / name, meta)
+    meta_file.copy_kept_files(data.ROOT / "words", Path("out") / name, meta)
 
 
 def draw(run, *flags):
@@ -445,11 +445,12 @@ def test_known_tokens_serve_as_many_samples_as_asked_for(tmp_path, monkeypatch):
 
 def test_a_large_vocabulary_of_text_needs_its_tokenizer():
     meta = meta_of(300, [1, 8], 0, palette="text")
-    assert "needs a tokenizer" in data.meta_error(meta)
+    assert "needs a tokenizer" in meta_file.meta_error(meta)
     meta["tokenizer"] = {"file": "tokenizer.json", "sha256": "0" * 64}
-    assert data.meta_error(meta) == ""
+    assert meta_file.meta_error(meta) == ""
     meta["tokenizer"]["file"] = "../tokenizer.json"
-    assert data.meta_error(meta).startswith("tokenizer '../tokenizer.json' is not a plain file")
+    message = meta_file.meta_error(meta)
+    assert message.startswith("tokenizer '../tokenizer.json' is not a plain file")
 
 
 def test_the_config_of_openwebtext_states_what_the_command_makes(book):
