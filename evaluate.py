@@ -43,9 +43,6 @@ class Flags(config.SamplerFlags, config.VideoFlags, EvaluateOptions):
 if __name__ == "__main__":
     flags = config.load(Flags)
 
-import bisect
-import functools
-import inspect
 import json
 import math
 import os
@@ -55,250 +52,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import data
 import methods
-from diffusion import forcing, samplers
 from support import comparison, diagnostics, logs, metrics, pictures, runtime, sampling
-from support.checkpoint import load_run
-from support.text import is_text, load_text
-from support.validate import find_decoder
+from support.budgets import VARIANTS, n_steps_of, sampler_of
+from support.judged import Bits, Judged
 
-N_BITS = 2048               # sequences behind bits per token, at least
-N_BITS_VIDEO = 512
 HASH_CHARS = 12             # of the digest of the weights, in a row's settings
 N_PLANNER = 1024            # sequences that a planner is judged on
-DECODED = 100               # pictures that a decoder makes at a time
 N_NEIGHBOURS = 10           # samples that are shown over their nearest training pictures
-N_PILOT = 64                # sequences on which a sampler's calls are counted beforehand
-PACING = ("remask", "eta", "trust")      # options on which the number of calls depends
-MAX_STEPS_PER_TOKEN = 16    # where more steps hardly make more calls
 FRAME_KEYS = (
     "run", "train_seed", "sampler", "steps", "lag", "stabilization_level", "context_level", "flips",
     "n", "seed",
 )
-# Names of rows that are a sampler with options; temperature_end is a share of the temperature at
-# the start
-VARIANTS = {"random": ("confidence", {"order": "random", "temperature_end": 0.6})}
 FITTING = dict.fromkeys(name for row in methods.METHODS.values() for name in row.samplers)
 SAMPLERS = [name for name in FITTING if name != "self_correct"] + list(VARIANTS)
 
 
-def sampler_of(row: str) -> str:
-    """The sampler behind the name of a row."""
-    return VARIANTS.get(row, (row, {}))[0]
-
-
-Bits = dict[str, tuple[float, float]]       # bound -> bits per token, standard error
-
-
-# A run that is judged
-
-
-class Judged:
-    """A trained run, its data and the metrics that fit them."""
-
-    def __init__(self, folder: str, device: torch.device, decoder: str = ""):
-        self.run = load_run(folder, device)
-        self.spec = self.run.spec
-        config_ = self.spec.config
-        runtime.freeze(self.run.nets, device, config_["dtype"])
-        self.splits = data.load(config_["data"], config_["image_size"], config_["grey_levels"])[1]
-        self.decoder = find_decoder(decoder, self.run.folder, self.spec.meta, device)
-        self.files = {}         # name -> path of each file written beside the table
-
-    def path_of(self, name: str) -> Path:
-        """A file's path in the run's folder; remembered, to be listed at the end."""
-        return self.files.setdefault(name, self.run.folder / name)
-
-    @functools.cached_property
-    def metrics(self):
-        """The metrics for this data, made on first use, since that can train a judge."""
-        to_pixels = self.decoded_pixels if self.decoder else None
-        to_bytes = None
-        if is_text(self.spec.meta):
-            to_bytes = load_text(self.run.folder, self.spec.meta).to_bytes
-        return metrics.metrics_for(self.spec.meta, self.splits, to_pixels, to_bytes)
-
-    def decoded(self, tokens: np.ndarray) -> np.ndarray:
-        """Pictures of the run's decoder, a few at a time.  (n, N) -> (n, H, W, 3) uint8"""
-        grids = tokens.reshape(-1, *self.spec.grid)
-        starts = range(0, len(grids), DECODED)
-        return np.concatenate([
-            pictures.decoded_pictures(grids[i:i + DECODED], self.spec.meta, self.decoder)
-            for i in starts
-        ])
-
-    def decoded_pixels(self, tokens: np.ndarray) -> np.ndarray:
-        """As decoded(), but float32 in [0, 1]."""
-        return self.decoded(tokens).astype(np.float32) / 255
-
-    def bits(self) -> Bits:
-        """Bits per token of held-out data and its standard error, by each bound of the method, the
-        tight one first. The noise is the same for all runs; tokens that are known to samplers are
-        known here too."""
-        val = self.splits["val"]
-        n = N_BITS_VIDEO if self.spec.is_video else N_BITS
-        n_repeated = -(-n // len(val)) * len(val)       # each sequence as often as any other
-        home = runtime.device_of_doubles(self.run.device)
-        x0, label = (torch.from_numpy(y).to(home) for y in val.spread_subset(n_repeated))
-        with runtime.autocast(self.run.device, self.spec.config["dtype"]):
-            known = data.context_mask(self.spec.meta, x0, self.spec.config["context_frames"])
-            rng = runtime.generator("bits")
-            return methods.bits_per_token(
-                self.spec, self.run.nets, x0, label, known, rng, n_distinct=len(val),
-                progress=functools.partial(tqdm, desc="bits per token", leave=False),
-            )
-
-    def n_frames(self, flags: Flags) -> int:
-        """Frames of a video: a rollout makes any number, other samplers as many as the data has."""
-        own = self.spec.grid[0]
-        if self.spec.method.has_own_levels:
-            return flags.frames or 8 * own
-        if flags.frames not in (0, own):
-            raise SystemExit(f"--frames {flags.frames}: a {self.spec.name} run makes {own}")
-        return own
-
-    def n_unknown(self, flags: Flags) -> int:
-        """Tokens of a sequence that are sampled, on average."""
-        known = self.held_out(flags).known
-        n_tokens = self.spec.shape.n_tokens
-        return n_tokens if known is None else round((~known).mean() * n_tokens)
-
-    def held_out(self, flags: Flags) -> "HeldOut":
-        """What samples start from: held-out sequences, n at most, or classes in turn."""
-        spec = self.spec
-        if not spec.is_video and not spec.meta["given"]:
-            return HeldOut(np.arange(flags.n) % max(1, spec.n_classes))
-        val = self.splits["val"]
-        real, labels = val.spread_subset(min(flags.n, len(val)))
-        if spec.is_video:
-            real = self.real_frames(real.reshape(len(real), *spec.grid), self.n_frames(flags))
-        known = data.context_mask(spec.meta, torch.from_numpy(real), flags.n_given)
-        if known is None:
-            return HeldOut(labels, real, real)
-        known = known.numpy()
-        return HeldOut(labels, real, flip_known(real, known, flags.flips, spec.vocab), known)
-
-    def real_frames(self, videos: np.ndarray, n_frames: int) -> np.ndarray:
-        """Videos (n, F, h, w), cut or continued to n_frames.  -> (n, N)"""
-        if n_frames > videos.shape[1]:
-            if not self.spec.meta.get("is_certain"):
-                raise SystemExit(
-                    f"{self.spec.meta['name']} has no one truth after its frames: "
-                    f"--frames {videos.shape[1]}"
-                )
-            videos = self.metrics.source.truth(videos, n_frames)
-        return videos[:, :n_frames].reshape(len(videos), -1)
-
-
-class HeldOut(NamedTuple):
-    """What samples start from."""
-    labels: np.ndarray                      # (n,)
-    real: np.ndarray | None = None          # (n, N) held-out sequences
-    known_tokens: np.ndarray | None = None  # (n, N), real ones with flips
-    known: np.ndarray | None = None         # (n, N) bool
-
-
-def flip_known(real: np.ndarray, known: np.ndarray, rate: float, vocab: int) -> np.ndarray:
-    """Redraw a share of the known tokens as another id.  (n, N) -> (n, N)"""
-    if not rate:
-        return real.copy()
-    rng = np.random.default_rng(0)
-    is_flipped = (rng.random(real.shape) < rate) & known
-    other = (real + rng.integers(1, vocab, real.shape)) % vocab
-    return np.where(is_flipped, other, real)
-
-
 # One row of the table
-
-
-def n_steps_of(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
-    """The steps that a sampler can take with nfe network calls; refuses fewer than one step."""
-    spec = judged.spec
-    if spec.is_video and spec.method.has_own_levels:
-        return n_steps_of_rollout(row, judged, nfe, flags)
-    calls = 1 if flags.guidance in (None, 1) else 2
-    if sampler_of(row) == "p2":
-        calls += 1
-    if sampler_of(row) == "ddpd" and "planner" in spec.method.networks:
-        calls += 1 if flags.planner_guidance in (None, 1) else 2
-    if nfe < calls:
-        raise SystemExit(
-            f"--nfe {nfe} is too small for {row}: a step of it takes {calls} network calls"
-        )
-    n_calls = nfe // calls
-    is_unmasking = spec.noise.only_masks and not spec.method.has_own_levels
-    if row in ("remdm", "planned") or (row == "ancestral" and is_unmasking):
-        process = spec.noise.process
-        return n_steps_of_unmasking(row, process, n_calls, judged.n_unknown(flags), flags)
-    return n_calls
-
-
-@functools.cache
-def n_steps_of_unmasking(
-    row: str, process: str, n_calls: int, n_tokens: int, flags: Flags,
-) -> int:
-    """The fewest steps in which a sampler that uncovers masks makes n_calls on average, if any do.
-
-    Steps and calls differ since a step costs no call for sequences in which it uncovers no token.
-    Calls are counted by sampling n_tokens masks with a uniform denoiser.
-    """
-    def denoiser(x, t, label, sites):
-        return torch.zeros(*sites.shape, 2)
-
-    def both(x, t, label):
-        return torch.zeros(*x.shape, 2), torch.zeros(x.shape)
-
-    sampler = {
-        "ancestral": functools.partial(
-            samplers.ancestral, denoiser, process=process, p_uniform=0.0
-        ),
-        "remdm": functools.partial(samplers.remdm, denoiser),
-        "planned": functools.partial(samplers.planned, denoiser, both),
-    }[row]
-    options = {}
-    if row != "ancestral":
-        names = [name for name in PACING if name in inspect.signature(sampler).parameters]
-        options = {name: getattr(flags, name) for name in names}
-        options = {name: value for name, value in options.items() if value is not None}
-
-    def spends_budget(n_steps):
-        x = torch.full((N_PILOT, n_tokens), 2)
-        label = torch.zeros(N_PILOT, dtype=torch.long)
-        rng = runtime.generator("pilot")
-        states = sampler(x, label, n_steps=n_steps, generator=rng, **options)
-        final = samplers.last(states)
-        return final.nfe.double().mean() >= n_calls - 0.5
-
-    low = n_calls
-    high = n_calls
-    while high < MAX_STEPS_PER_TOKEN * n_tokens and not spends_budget(high):
-        low = high
-        high = 2 * high
-    return low + bisect.bisect_left(range(low, high), True, key=spends_budget)
-
-
-def n_steps_of_rollout(row: str, judged: Judged, nfe: int, flags: Flags) -> int:
-    """The most steps of a frame at which a rollout makes nfe calls per frame on average."""
-    n_frames = judged.n_frames(flags)
-    lag = flags.lag
-    if row == "ancestral":
-        lag = 0
-    elif lag is None:
-        lag = -1
-    budget = nfe * (n_frames - flags.n_given)
-    fitting = 0
-    for n_steps in range(1, budget + 1):
-        levels = forcing.rollout_levels(
-            judged.spec.grid, n_steps, n_frames, lag, flags.n_given
-        )
-        if len(levels) - 1 <= budget:
-            fitting = n_steps
-    if not fitting:
-        raise SystemExit(f"--nfe is too small for --lag {lag}: {budget} network calls in all")
-    return fitting
 
 
 class Stage(NamedTuple):

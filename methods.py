@@ -1,7 +1,7 @@
 """One table of methods: networks, noise, what they learn, likelihood bounds, samplers that fit.
 
 A new method is a loss, a sampler, a row of METHODS and a config. A new sampler is its function in
-diffusion/samplers.py and an entry in `samplers` of the methods that it fits.
+diffusion/samplers.py or unmasking.py and an entry in `samplers` of the methods that it fits.
 """
 
 import inspect

@@ -19,6 +19,7 @@ import evaluate
 import train_ddpd
 from diffusion import samplers
 from support import diagnostics, logs, sampling
+from support.budgets import n_steps_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +75,7 @@ def flags_of(**values):
 )
 def test_steps_for_a_number_of_calls(row, method, nfe, steps):
     """A planner's call counts: a step of a pair takes two calls, of a single network one."""
-    assert evaluate.n_steps_of(row, judged_stub(tiny_spec(method)), nfe, flags_of()) == steps
+    assert n_steps_of(row, judged_stub(tiny_spec(method)), nfe, flags_of()) == steps
 
 
 def test_a_batch_is_cut_by_the_logits_it_holds(monkeypatch):
@@ -100,7 +101,7 @@ def test_a_sampler_of_masks_makes_the_calls_that_it_may(row, method, options, nf
     """Steps in which nothing is uncovered cost nothing, so there are more of them than calls."""
     flags = dict(p_uniform=0.0) if method == "gidd" else {}
     judged = judged_stub(tiny_spec(method, **flags))                    # 16 tokens
-    n_steps = evaluate.n_steps_of(row, judged, nfe, flags_of())
+    n_steps = n_steps_of(row, judged, nfe, flags_of())
     assert n_steps > nfe or nfe == 4
 
     def denoiser(x, t, label, sites):
@@ -116,25 +117,25 @@ def test_a_sampler_of_masks_makes_the_calls_that_it_may(row, method, options, nf
 def test_rollouts_of_masks_pay_for_every_step():
     judged = judged_stub(tiny_spec("forcing", process="mask", noise_granularity="token"))
     for row in ("rollout", "ancestral"):
-        assert evaluate.n_steps_of(row, judged, 12, flags_of()) == 12
+        assert n_steps_of(row, judged, 12, flags_of()) == 12
 
 
 def test_guidance_takes_more_calls():
     """Guidance of the denoiser takes one more call in a step, guidance of the planner another."""
     judged = judged_stub(tiny_spec("ddpd-mask"))
     guided = flags_of(guidance=2.0)
-    assert evaluate.n_steps_of("ddpd", judged, 9, guided) == 3
-    assert evaluate.n_steps_of("p2", judged, 9, guided) == 3
-    assert evaluate.n_steps_of("confidence", judged, 9, guided) == 4
+    assert n_steps_of("ddpd", judged, 9, guided) == 3
+    assert n_steps_of("p2", judged, 9, guided) == 3
+    assert n_steps_of("confidence", judged, 9, guided) == 4
     both = flags_of(guidance=2.0, planner_guidance=2.0)
-    assert evaluate.n_steps_of("ddpd", judged, 9, both) == 2
-    assert evaluate.n_steps_of("p2", judged, 9, both) == 3      # its planner is not guided
+    assert n_steps_of("ddpd", judged, 9, both) == 2
+    assert n_steps_of("p2", judged, 9, both) == 3      # its planner is not guided
 
 
 def test_too_few_calls_are_refused():
     judged = judged_stub(tiny_spec("ddpd-uniform"))
     with pytest.raises(SystemExit, match="--nfe 1 is too small for ddpd"):
-        evaluate.n_steps_of("ddpd", judged, 1, flags_of())
+        n_steps_of("ddpd", judged, 1, flags_of())
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_calls_for_a_video_are_counted_per_frame_that_is_made(row, lag, steps):
     """8 frames of which 2 are given, 4 calls for each of the other 6: one by one, or all of them
     together."""
     judged = judged_stub(tiny_spec("forcing", grid=(8, 2, 2)), n_frames=8)
-    assert evaluate.n_steps_of(row, judged, 4, flags_of(lag=lag)) == steps
+    assert n_steps_of(row, judged, 4, flags_of(lag=lag)) == steps
 
 
 # Tables

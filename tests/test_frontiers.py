@@ -16,6 +16,7 @@ import evaluate
 import methods
 import train_ddpd
 from sources import maze
+from support.budgets import sampler_of
 
 sys.path.append(str(ROOT / "experiments"))
 
@@ -135,7 +136,7 @@ def test_arms_have_the_options_that_they_set():
     assert len({arm.name for arm in frontiers.ARMS}) == len(frontiers.ARMS)
     for arm in frontiers.ARMS:
         fits = methods.METHODS[rows[arm.training]].samplers
-        known = methods.options_of(fits[evaluate.sampler_of(arm.sampler)])
+        known = methods.options_of(fits[sampler_of(arm.sampler)])
         given = {arm.dial, *arm.options}
         assert given <= flags & set(known), arm.name
         assert len(set(arm.values)) == len(arm.values), arm.name
@@ -246,7 +247,7 @@ def test_laws_with_exact_networks(exact_nets, name, n_steps, tv, bits):
 
 def test_the_exact_table_covers_the_arms():
     """A sampler that is judged on frontiers has a row there."""
-    judged = {evaluate.sampler_of(arm.sampler) for arm in frontiers.ARMS}
+    judged = {sampler_of(arm.sampler) for arm in frontiers.ARMS}
     assert judged <= {row.sampler for row in exact.ROWS.values()}
 
 

@@ -30,7 +30,8 @@ TOP_LEVEL = {"config", "model", "data", "methods"} | SCRIPTS
 DIFFUSION = {
     f"diffusion.{name}"
     for name in """
-        randomness processes objectives gidd forcing likelihood decoding samplers particles
+        randomness processes objectives gidd forcing likelihood decoding samplers unmasking
+        particles
     """.split()
 }
 SUPPORT = {
@@ -38,7 +39,7 @@ SUPPORT = {
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
         canvas pictures videos diagnostics timing text figures curves report comparison exports hub
-        sampling starts messages flags config_files meta_file token_files
+        sampling starts judged budgets messages flags config_files meta_file token_files
     """.split()
 }
 BY_THEMSELVES = {

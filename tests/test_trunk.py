@@ -13,7 +13,8 @@ import methods
 import model
 import train_ddpd
 from diffusion import objectives, samplers
-from diffusion.samplers import counts, draw_sites, last, odds, remdm
+from diffusion.samplers import last, remdm
+from diffusion.unmasking import counts, draw_sites, odds
 from support import training
 from support.checkpoint import digest, load_run
 

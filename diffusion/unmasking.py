@@ -1,0 +1,316 @@
+"""Samplers of a mask denoiser, which start from masks; samplers.py holds them too.
+
+They uncover masks step by step; remdm, planned and p2 also mask tokens again.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.decoding import (
+    Decoding,
+    State,
+    cfg_logits,
+    check_all_masked,
+    check_at_least,
+    check_choice,
+    editable_mask,
+    race_keys,
+    refuse_nan,
+    sample_at,
+    topk_mask,
+)
+from diffusion.processes import T_MAX, T_MIN
+from diffusion.randomness import Random, exponential, of_rows, uniform
+
+# schedule -> share of tokens that are masked after a share r of the steps
+MASKED_SHARES = {
+    "linear": lambda r: 1 - r,
+    "arccos": lambda r: math.acos(r) / (math.pi / 2),
+    "cosine": lambda r: math.cos(r * math.pi / 2),
+}
+
+
+@torch.no_grad()
+def confidence(
+    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
+    order: str = "confidence", schedule: str = "arccos", noise: float = 4.5,
+    vocab: int | None = None, known: Tensor | None = None, temperature: float = 1.0,
+    temperature_end: float = 0.0, **decoding,
+) -> Iterator[State]:
+    """MaskGIT (arXiv:2202.04200): fill all masks, keep the most confident, mask the rest.
+
+    x (B, N) masks (id vocab)  ->  yields State
+    schedule   a name in MASKED_SHARES; every step keeps at least one token
+    order      which draws are kept: by "confidence", log-probability plus noise (1 - r) Gumbel, or
+               "random"
+    temperature_end   the temperature falls linearly to this; 0: it is constant
+    """
+    options = Decoding(temperature, **decoding)
+    check_choice("order", order, ("confidence", "random"))
+    check_choice("schedule", schedule, MASKED_SHARES)
+    check_at_least(n_steps=(n_steps, 1), noise=(noise, 0), temperature_end=(temperature_end, 0))
+    editable = editable_mask(x, known)
+    vocab = check_all_masked(x, editable, vocab)
+    n_editable = editable.sum(1)
+    nfe = torch.zeros_like(label)
+    x = x.clone()
+    for step in range(n_steps):
+        is_masked = editable & (x == vocab)
+        n_masked = is_masked.sum(1)
+        t = (n_masked / n_editable.clamp_min(1)).clamp(T_MIN, T_MAX)    # (B,)
+        done = (step + 1) / n_steps                                     # share of the steps
+        n_left = (n_editable * MASKED_SHARES[schedule](done) + 1e-6).long()
+        n_left = n_left.minimum(n_masked - 1).clamp_min(0)              # (B,) masks after this step
+        if step + 1 == n_steps:
+            n_left = torch.zeros_like(n_left)
+        if temperature_end:
+            progress = step / max(1, n_steps - 1)
+            now = temperature + (temperature_end - temperature) * progress
+            options = replace(options, temperature=now)
+        gumbel = -exponential(x.shape, generator, x.device).log()
+        if order == "random":                           # only tokens that will be kept are drawn
+            keys = torch.where(is_masked, gumbel, -torch.inf)
+            sites = topk_mask(keys, n_masked - n_left) & is_masked
+            draw = sample_at(denoiser, x, t[:, None], label, sites, options, generator)
+        else:
+            draw = sample_at(denoiser, x, t[:, None], label, is_masked, options, generator)
+            keys = draw.p.double().log() + noise * (1 - done) * gumbel
+            keys = torch.where(is_masked, keys, -torch.inf)
+            sites = topk_mask(keys, n_masked - n_left) & is_masked
+        x = torch.where(sites, draw.x, x)
+        nfe = nfe + draw.calls
+        yield State(x.clone(), is_masked.float(), sites, t, nfe)
+
+
+@torch.no_grad()
+def remdm(
+    denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
+    remask: str = "confidence", eta: float | None = None, vocab: int | None = None,
+    known: Tensor | None = None, **decoding,
+) -> Iterator[State]:
+    """ReMDM (arXiv:2503.00307): masked diffusion that masks written tokens again, to correct them.
+
+    x (B, N) masks (id vocab)  ->  yields State. From level t to s a written token is masked with
+    probability sigma, at most min(1, s / (1 - t)): eta of that ("rescale"), or no more than eta
+    ("cap"); these two keep the data distribution. "confidence", as in the released code, shares eta
+    of it out among all written tokens, by a softmax over minus the probability at which each was
+    written: at most eta tokens a step on average. It uncovers no more masks to make up for that, so
+    the last step has more to write. eta None: 0.2, and 1 for "confidence", as released
+    """
+    options = Decoding(**decoding)
+    check_choice("remask", remask, ("confidence", "rescale", "cap"))
+    if eta is None:
+        eta = 1.0 if remask == "confidence" else 0.2
+    check_at_least(n_steps=(n_steps, 1), eta=(eta, 0))
+    editable = editable_mask(x, known)
+    vocab = check_all_masked(x, editable, vocab)
+    p_written = torch.zeros(x.shape, device=x.device)       # probability of each token when written
+    nfe = torch.zeros_like(label)
+    x = x.clone()
+    for step in range(n_steps):
+        t = 1 - step / n_steps
+        s = 1 - (step + 1) / n_steps
+        is_masked = editable & (x == vocab)
+        u = uniform(x.shape, generator, x.device)
+        limit = most_remasked(t, s)
+        strength = min(eta, limit) if remask == "cap" else min(1.0, eta) * limit
+        sigma = torch.full(x.shape, strength, device=x.device)
+        if remask == "confidence":
+            doubt = torch.where(editable & ~is_masked, -p_written, -torch.inf)
+            sigma = sigma * doubt.softmax(1).nan_to_num(0)              # 0 at masks
+        # where sigma is the same for all, P(keep) grows from 1 - t to 1 - s
+        p_uncover = (t - s + sigma * (1 - t)) / t
+        uncovered = is_masked & (u < p_uncover)
+        remasked = editable & ~is_masked & (u < sigma)
+        t_input = torch.full((len(x), 1), t, device=x.device).clamp(T_MIN, T_MAX)
+        draw = sample_at(denoiser, x, t_input, label, uncovered, options, generator)
+        p_written = torch.where(uncovered, draw.p, p_written)
+        nfe = nfe + draw.calls
+        x = torch.where(remasked, vocab, draw.x)
+        written = uncovered | remasked
+        yield State(x.clone(), is_masked.float(), written, t_input[:, 0], nfe)
+
+
+def most_remasked(t: float, s: float) -> float:
+    """The largest probability of masking a written token again from level t to s."""
+    return min(1.0, s / (1 - t)) if t < 1 else 1.0
+
+
+@torch.no_grad()
+def planned(
+    denoiser: Callable, both: Callable, x: Tensor, label: Tensor, *, n_steps: int,
+    generator: Random, eta: float = 0.5, trust: float = 1.0, order: str = "confidence",
+    noise: float = 4.5, vocab: int | None = None, known: Tensor | None = None, **decoding,
+) -> Iterator[State]:
+    """Planned remasking: ReMDM in which a planner chooses what is masked again, one call a step.
+
+    x (B, N) masks (id vocab)  ->  yields State. From level t to s as many tokens are masked again
+    as by remdm(remask="rescale") on average, and masks are uncovered until a share s is left.
+    both(x, t, label)  ->  logits (B, N, V) of the denoiser, and (B, N) of a planner that says which
+    visible tokens are wrong: State.p_noise. It is asked in steps that mask some of them again; in
+    others, and without trust, the denoiser is asked alone, and p_noise is the share masked again.
+    eta        share of what may be masked again that is; 0: nothing
+    trust      power of the odds of being wrong, to which tokens are masked again in proportion; 0:
+               all alike, as in remdm
+    order      which masks are uncovered: those with the most confident draws, by log-probability
+               plus noise s Gumbel, or "random" ones
+    """
+    options = Decoding(**decoding)
+    check_choice("order", order, ("random", "confidence"))
+    check_at_least(n_steps=(n_steps, 1), eta=(eta, 0), trust=(trust, 0), noise=(noise, 0))
+    editable = editable_mask(x, known)
+    vocab = check_all_masked(x, editable, vocab)
+    nfe = torch.zeros_like(label)
+    x = x.clone()
+    for step in range(n_steps):
+        t = 1 - step / n_steps
+        s = 1 - (step + 1) / n_steps
+        t_input = torch.full((len(x), 1), t, device=x.device).clamp(T_MIN, T_MAX)
+        is_masked = editable & (x == vocab)
+        is_visible = editable & ~is_masked
+        sigma = min(1.0, eta) * most_remasked(t, s)
+        n_remasked, n_uncovered = counts(is_masked, is_visible, sigma, s, generator)
+
+        plan = Remasking(torch.ones(x.shape, device=x.device), sigma * is_visible, None, 0)
+        if 0 < sigma < 1 and t < 1 and trust > 0:
+            plan = plan_remasking(both, x, t_input, label, trust, options)
+        remasked = draw_sites(plan.weight, is_visible, n_remasked, generator)
+
+        uncovered = is_masked
+        if order == "random":
+            uncovered = draw_sites(torch.ones_like(plan.weight), is_masked, n_uncovered, generator)
+        draw = sample_at(denoiser, x, t_input, label, uncovered, options, generator, plan.logits)
+        nfe = nfe + plan.calls + draw.calls
+        if order == "confidence":
+            uncovered = most_confident(draw.p, is_masked, n_uncovered, noise * s, generator)
+        x = torch.where(uncovered, draw.x, x)
+        x = x.masked_fill(remasked, vocab)
+        p_noise = torch.where(is_masked, 1.0, plan.p_wrong) * editable
+        yield State(x.clone(), p_noise, uncovered | remasked, t_input[:, 0], nfe)
+
+
+class Remasking(NamedTuple):
+    """What a planner says of a step of planned()."""
+    weight: Tensor                  # (B, N) tokens are masked again in proportion to it
+    p_wrong: Tensor                 # (B, N)
+    logits: Tensor | None           # (B, N, V) of the denoiser, guided; None: it was not asked
+    calls: int
+
+
+def plan_remasking(
+    both: Callable, x: Tensor, t: Tensor, label: Tensor, trust: float, options: Decoding,
+) -> Remasking:
+    """Ask denoiser and planner in one call."""
+    plans = []
+
+    def denoiser(x, t, label):
+        logits, plan_logits = both(x, t, label)
+        plans.append(plan_logits.float())
+        return logits
+
+    logits, calls = cfg_logits(denoiser, x, t, label, options)
+    plan_logits = plans[0][:len(x)]                     # with the label, where asked without it too
+    refuse_nan(plan_logits)
+    return Remasking(odds(plan_logits, trust), plan_logits.sigmoid(), logits, calls)
+
+
+def counts(
+    is_masked: Tensor, is_visible: Tensor, sigma: float, s: float, generator: Random,
+) -> tuple[Tensor, Tensor]:
+    """How many tokens to mask again, sigma of the visible ones, and how many masks to uncover, so
+    that a share s of all is masked.  (B, N) -> (B,), (B,)"""
+    n_visible = is_visible.sum(1)
+    n_masked = is_masked.sum(1)
+    u = uniform((len(n_visible), 1), generator, n_visible.device, torch.float64)
+    n_remasked = (sigma * n_visible.double() + u[:, 0]).long()      # rounded, right on average
+    n_left = (s * (n_visible + n_masked) + 1e-6).long()
+    n_uncovered = n_masked + n_remasked - n_left
+    return n_remasked, n_uncovered.clamp_min(0)
+
+
+def odds(logits: Tensor, power: float) -> Tensor:
+    """exp(power logits), in float64 and finite.  (B, N) -> (B, N)"""
+    return (power * logits.double()).clamp(-300, 300).exp()
+
+
+def draw_sites(weight: Tensor, where: Tensor, n: Tensor, generator: Random) -> Tensor:
+    """n (B,) tokens of a mask, drawn without replacement in proportion to weight.  (B, N)"""
+    keys = race_keys(weight, generator).masked_fill(~where, -1.0)
+    return topk_mask(keys, n) & where
+
+
+def most_confident(
+    p: Tensor, is_masked: Tensor, n: Tensor, noise: float, generator: Random,
+) -> Tensor:
+    """The n (B,) masks of each row whose draws have the largest log p, with Gumbel noise of this
+    size.  p, is_masked (B, N) -> (B, N) bool"""
+    gumbel = -exponential(p.shape, generator, p.device).log()
+    keys = p.double().log() + noise * gumbel
+    keys = keys.masked_fill(~is_masked, -torch.inf)
+    is_chosen = topk_mask(keys, n)
+    return is_chosen & is_masked
+
+
+@torch.no_grad()
+def p2(
+    planner: Callable, denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int,
+    generator: Random, eta: float = 1.0, schedule: str = "linear", vocab: int | None = None,
+    known: Tensor | None = None, **decoding,
+) -> Iterator[State]:
+    """Path planning (P2, arXiv:2502.03540): fill all masks, keep what a planner calls clean.
+
+    x (B, N) masks (id vocab)  ->  yields State, with the p_noise at which visible tokens were kept.
+    A step takes two network calls, except the last, which keeps all tokens and takes one.
+    eta        factor on log P(clean) of tokens that were visible before: 0 never masks them again,
+               above 1 they are masked more readily than fresh ones
+    schedule   a name in MASKED_SHARES
+    As in the paper, the planner scores the filled sequence, which has no masks, and the largest
+    scores are kept. Unlike there, the planner scores fresh and visible tokens alike, where the
+    paper takes the denoiser's own probability for fresh ones; ties are broken at random.
+    """
+    options = Decoding(**decoding)
+    check_choice("schedule", schedule, MASKED_SHARES)
+    check_at_least(n_steps=(n_steps, 1), eta=(eta, 0))
+    editable = editable_mask(x, known)
+    vocab = check_all_masked(x, editable, vocab)
+    n_editable = editable.sum(1)
+    p_noise_kept = torch.zeros(x.shape, device=x.device)        # what the planner said last
+    nfe = torch.zeros_like(label)
+    x = x.clone()
+    for step in range(n_steps):
+        before = x
+        is_masked = editable & (x == vocab)
+        p_noise = torch.where(is_masked, 1.0, p_noise_kept)
+        t = (is_masked.sum(1) / n_editable.clamp_min(1)).clamp(T_MIN, T_MAX)    # (B,)
+        share = MASKED_SHARES[schedule]((step + 1) / n_steps)
+        n_left = (n_editable * share + 1e-6).long()             # (B,) masks after this step
+        fill = sample_at(denoiser, x, t[:, None], label, is_masked, options, generator)
+        x = fill.x
+        nfe = nfe + fill.calls
+
+        rows = n_left.nonzero()[:, 0]                           # (b,) with tokens to be masked
+        if len(rows) > 0:
+            logits, calls = cfg_logits(planner, x[rows], t[rows, None], label[rows], Decoding())
+            refuse_nan(logits)
+            nfe[rows] += calls
+            p_noise_kept[rows] = logits.float().sigmoid() * editable[rows]
+            log_clean = F.logsigmoid(-logits.double()).clamp_min(-1e30)         # finite
+            doubt = -torch.where(is_masked[rows], log_clean, eta * log_clean)
+            doubt = doubt.masked_fill(~editable[rows], -torch.inf)
+            x[rows] = x[rows].masked_fill(
+                most_in_random_order(doubt, n_left[rows], of_rows(generator, rows)), vocab
+            )
+        yield State(x.clone(), p_noise, x != before, t, nfe)
+
+
+def most_in_random_order(keys: Tensor, k: Tensor, generator: Random) -> Tensor:
+    """The k (b,) largest keys of each row, ties broken at random.  (b, N) -> (b, N) bool"""
+    order = uniform(keys.shape, generator, keys.device, torch.float64).argsort(1)
+    is_chosen = topk_mask(keys.gather(1, order), k)
+    return torch.zeros_like(is_chosen).scatter(1, order, is_chosen)
