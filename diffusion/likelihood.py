@@ -119,7 +119,7 @@ def forcing_bound(nets: Nets, batch: Corrupted) -> Bounds:
 
 def elbo_gidd(logits: Tensor, batch: Corrupted) -> Tensor:
     """GIDD's loss with the bound's weights, at each token's own level.  -> (B, N)"""
-    x = batch.x.flatten()
+    x = batch.x.flatten()                               # (B N,), as the rest
     x0 = batch.x0.flatten()
     t = batch.levels.clamp(LEVEL_MIN, 1 - LEVEL_MIN).flatten()
     weight = token_weights(x0, x, t, batch.noise, "elbo")
@@ -163,13 +163,16 @@ def bits_per_token(
     if not noise.has_posterior:
         return {}
     n, n_tokens = x0.shape
-    u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    stratum = torch.arange(n)
+    u = (stratum + torch.rand(n, generator=generator)) / n
     u = u.to(x0.device, torch.float64)[:, None]
     order = torch.randperm(n, generator=generator)      # stratum -> sequence
-    is_counted = torch.ones_like(x0, dtype=torch.bool) if known is None else ~known
+    is_counted = torch.ones_like(x0, dtype=torch.bool)
+    if known is not None:
+        is_counted = ~known
     nats = {}                                           # bound -> [(b,) of each batch]
     n_batch = max(1, min(BATCH, max_logits // (n_tokens * noise.vocab)))
-    for strata in progress(torch.arange(n).split(n_batch)):
+    for strata in progress(stratum.split(n_batch)):
         rows = order[strata]
         for path in paths:
             levels, speed = levels_along(path, u[strata], n_tokens, n_frames)
@@ -179,17 +182,15 @@ def bits_per_token(
             for name, per_token in bounds(nets, batch).items():
                 counted = torch.where(is_counted[rows], per_token, 0.0)
                 nats.setdefault(name, []).append((speed * counted).sum(1))
-    # nats of a sequence that are one bit per token
-    unit = is_counted.sum(1).double().mean() * math.log(2)
-    out = {}
-    for name, parts in nats.items():
-        bits = torch.cat(parts) / unit
-        if n_distinct:
-            sequence = order.to(bits.device) % n_distinct
-            out[name] = mean_and_clustered_error(bits, sequence, n_distinct)
-        else:
-            out[name] = mean_and_error(bits)
-    return out
+    n_counted = is_counted.sum(1).double().mean()
+    bits = {name: torch.cat(parts) / math.log(2) / n_counted for name, parts in nats.items()}
+    if not n_distinct:
+        return {name: mean_and_error(of_bound) for name, of_bound in bits.items()}
+    sequence = order.to(x0.device) % n_distinct
+    return {
+        name: mean_and_clustered_error(of_bound, sequence, n_distinct)
+        for name, of_bound in bits.items()
+    }
 
 
 def corrupt_batch(

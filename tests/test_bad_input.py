@@ -180,12 +180,13 @@ def run_data(monkeypatch, *argv):
 
 @pytest.mark.parametrize("flag, value", [
     ("image-size", -1), ("image-size", 2**20 + 1), ("grey-levels", -1), ("grey-levels", 2**31),
-    ("length", -1), ("length", 2**31 + 1), ("vocab", -1), ("vocab", 10**30),
+    ("length", -1), ("length", 2**31 + 1), ("vocab", -1), ("vocab", 2**62),
 ])
 def test_sizes_that_no_data_has_are_refused(monkeypatch, flag, value):
     said = run_data(monkeypatch, "digits", f"--{flag}={value}")
     assert said.startswith(f"{flag.replace('-', '_')} is ")
     assert "it must lie in [0, " in said
+    assert "vocab is too large" in run_data(monkeypatch, "digits", "--vocab=1" + 30 * "0")
 
 
 def test_training_makes_no_data_of_such_sizes():

@@ -175,8 +175,8 @@ def test_own_tokens_as_in_the_recipes(csv_rows):
 def test_own_source_as_in_the_recipes(csv_rows, tmp_path):
     """One file in sources/ is all that the command needs."""
     checkout = tmp_path / "checkout"
-    shutil.copytree(ROOT / "sources", checkout / "sources")
-    shutil.copytree(ROOT / "configs", checkout / "configs")
+    for folder in ("sources", "configs", "support"):
+        shutil.copytree(ROOT / folder, checkout / folder)
     shutil.copy(ROOT / "data.py", checkout)
     (checkout / "sources" / "mine.py").write_text(recipe("A new source"))
     command = [sys.executable, checkout / "data.py"]
