@@ -11,7 +11,7 @@ import typing
 from dataclasses import dataclass
 
 import config
-from support.flags import Positive
+from formats.flags import Positive
 
 
 @dataclass(frozen=True)

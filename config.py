@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from support.config_files import read_file, summary_of
-from support.flags import (
+from formats.config_files import read_file, summary_of
+from formats.flags import (
     Layers,
     NotNegative,
     NotNegativeFloat,
@@ -25,8 +25,8 @@ from support.flags import (
     flaw,
     parse,
 )
-from support.messages import may_stop_reading, nearest, shown
-from support.meta_file import MAX_IDS, MAX_TOKENS
+from formats.messages import may_stop_reading, nearest, shown
+from formats.meta_file import MAX_IDS, MAX_TOKENS
 
 CONFIGS = Path(__file__).parent / "configs"
 

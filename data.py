@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
-from support.config_files import literals_of, summary_of
-from support.flags import Bound, check_bounds
-from support.messages import may_stop_reading, nearest, shown
-from support.meta_file import (
+from formats.config_files import literals_of, summary_of
+from formats.flags import Bound, check_bounds
+from formats.messages import may_stop_reading, nearest, shown
+from formats.meta_file import (
     MAX_IDS,
     MAX_TOKENS,
     META_DEFAULTS,
@@ -40,7 +40,7 @@ from support.meta_file import (
     require_file,
     source_names,
 )
-from support.token_files import Split, SplitWriter
+from formats.token_files import Split, SplitWriter
 
 if TYPE_CHECKING:
     from torch import Tensor

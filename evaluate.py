@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass
 
 import config
-from support.flags import NotNegative, Share
+from formats.flags import NotNegative, Share
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,10 @@ from torch import Tensor
 
 import data
 import methods
-from support import checkpoint, exports, hub, logs, meta_file, pictures, runtime, sampling
+from formats import meta_file
+from formats.flags import as_flags
+from support import checkpoint, exports, hub, logs, pictures, runtime, sampling
 from support.checkpoint import Run, load_run
-from support.flags import as_flags
 from support.validate import find_decoder
 
 CARD = "README.md"

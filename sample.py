@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass, replace
 
 import config
-from support.flags import NotNegative, Prose, Seed
+from formats.flags import NotNegative, Prose, Seed
 
 
 @dataclass(frozen=True)

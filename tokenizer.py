@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 
 import config
-from support.flags import NotNegativeFloat, Positive, Seed
+from formats.flags import NotNegativeFloat, Positive, Seed
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ import evaluate
 import methods
 import sample
 import train_ddpd
+from formats import meta_file
 from sources import mnist
-from support import checkpoint, logs, meta_file, runtime, starts, training
+from support import checkpoint, logs, runtime, starts, training
 
 sys.path.insert(0, str(common.ROOT / "tests"))
 

@@ -21,9 +21,10 @@ import torch
 import config
 import methods
 import model
-from support import exports, hub, meta_file
-from support.flags import LARGEST
-from support.messages import shown
+from formats import meta_file
+from formats.flags import LARGEST
+from formats.messages import shown
+from support import exports, hub
 from support.runtime import first_line, one_line_errors, place
 
 KEYS = ("it", "config", "meta", "world_size", "nets", "ema", "optimizers")

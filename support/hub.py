@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from support import exports, meta_file
+from formats import meta_file
+from support import exports
 from support.runtime import first_line
 
 PREFIX = "hf://"

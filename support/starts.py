@@ -8,9 +8,9 @@ from torch import Tensor
 
 import data
 import methods
+from formats.messages import nearest
 from support import runtime
 from support.checkpoint import Run
-from support.messages import nearest
 from support.text import load_text, place_prompt
 
 N_SAMPLES = 8               # where no labels say how many

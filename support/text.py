@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from formats import meta_file
 from sources import _tokenizer
-from support import meta_file
 
 GAP = "[...]"               # in a prompt, where text is filled in
 

@@ -16,9 +16,10 @@ import data
 import methods
 import model
 from diffusion import objectives
-from support import checkpoint, hub, meta_file, runtime
+from formats import meta_file
+from formats.flags import as_flags
+from support import checkpoint, hub, runtime
 from support.chunked_head import task_loss
-from support.flags import as_flags
 
 OF_DATA = ("vocab", "grid", "n_classes")    # what the shape of a network takes from the data
 

@@ -13,7 +13,8 @@ import config
 import data
 import methods
 from diffusion import objectives
-from support import hub, logs, meta_file, pictures, runtime, videos
+from formats import meta_file
+from support import hub, logs, pictures, runtime, videos
 from support.chunked_head import hidden_at_sites, map_logits
 from support.text import is_text, load_text
 

@@ -29,8 +29,9 @@ from test_layout import commands_in, texts
 
 import config
 import data
+from formats import meta_file, token_files
 from sources import mnist, tokens
-from support import checkpoint, meta_file, runtime, token_files, training
+from support import checkpoint, runtime, training
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ import data
 import evaluate
 import export
 import sample
-from support.flags import PROSE, Bound, check_bounds
+from formats.flags import PROSE, Bound, check_bounds
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 

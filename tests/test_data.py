@@ -16,8 +16,9 @@ from conftest import ROOT, meta_of, save_run, script, tiny_config
 from safetensors.numpy import save_file
 
 import data
+from formats import meta_file
 from sources import fashion_mnist, mnist, text, tokens
-from support import checkpoint, meta_file, runtime, starts, training
+from support import checkpoint, runtime, starts, training
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_own_tokens_as_in_the_recipes(csv_rows):
 def test_own_source_as_in_the_recipes(csv_rows, tmp_path):
     """One file in sources/ is all that the command needs."""
     checkout = tmp_path / "checkout"
-    for folder in ("sources", "configs", "support"):
+    for folder in ("sources", "configs", "formats"):
         shutil.copytree(ROOT / folder, checkout / folder)
     shutil.copy(ROOT / "data.py", checkout)
     (checkout / "sources" / "mine.py").write_text(recipe("A new source"))

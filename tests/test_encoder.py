@@ -12,8 +12,9 @@ from conftest import refusal, samples_of, script
 from PIL import Image
 
 import data
+from formats import meta_file
 from sources import _encoder, images
-from support import meta_file, pictures, validate
+from support import pictures, validate
 
 
 class CosmosLike(torch.nn.Module):

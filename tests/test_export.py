@@ -22,7 +22,8 @@ import evaluate
 import export
 import sample
 import train_ddpd
-from support import checkpoint, exports, hub, meta_file
+from formats import meta_file
+from support import checkpoint, exports, hub
 from support.checkpoint import digest, load_checkpoint, load_run
 
 FILES = {"model.safetensors", "config.json", "README.md", "samples.png"}

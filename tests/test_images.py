@@ -10,9 +10,9 @@ from conftest import refusal
 from PIL import Image
 
 import data
+from formats import meta_file
 from sources import _palette, _pictures, avatars, images
 from sources._pictures import Picture
-from support import meta_file
 
 BLACK = (0, 0, 0)
 RED = (255, 0, 0)

@@ -21,7 +21,7 @@ import export
 import plot
 import sample
 import tokenizer
-from support import meta_file
+from formats import meta_file
 
 # Modules and their imports
 
@@ -39,18 +39,16 @@ SUPPORT = {
     for name in """
         runtime logs checkpoint training meters validate attention chunked_head metrics features
         canvas pictures videos diagnostics timing text figures curves report comparison exports hub
-        sampling starts judged budgets messages flags config_files meta_file token_files
+        sampling starts judged budgets
     """.split()
 }
 BY_THEMSELVES = {
     "diffusion.randomness",
     "support.attention", "support.canvas", "support.chunked_head",
-    "support.runtime", "support.figures", "support.messages",
+    "support.runtime", "support.figures", "formats.messages",
 }
-# What config.py and data.py read files and command lines with
-READERS = {
-    "support.messages", "support.flags", "support.config_files", "support.meta_file",
-    "support.token_files",
+FORMATS = {
+    f"formats.{name}" for name in "messages flags config_files meta_file token_files".split()
 }
 
 
@@ -111,6 +109,7 @@ def test_the_modules_are_where_the_readme_says():
     assert {path.stem for path in modules().values() if path.parent == ROOT} == TOP_LEVEL
     assert in_package(names, "diffusion") - {"diffusion"} == DIFFUSION
     assert in_package(names, "support") - {"support"} == SUPPORT
+    assert in_package(names, "formats") - {"formats"} == FORMATS
     assert in_package(names, "sources") > {"sources"}
     assert in_package(names, "experiments")
 
@@ -127,10 +126,10 @@ def test_the_foundations_import_nothing_of_ours():
         assert not imports_of(name), name
 
 
-def test_config_and_data_import_readers_alone():
+def test_config_and_data_import_formats_alone():
     """Neither imports the other, nor what a run needs."""
-    for name in sorted({"config", "data"} | READERS):
-        assert imports_of(name) <= READERS, name
+    for name in sorted({"config", "data"} | FORMATS):
+        assert imports_of(name) <= FORMATS, name
 
 
 def test_the_mathematics_imports_itself_alone():
@@ -149,7 +148,8 @@ def test_methods_imports_networks_and_mathematics():
 
 def test_support_imports_no_script():
     """Text is made of tokens by the tokenizer that sources/ made the tokens with."""
-    allowed = DIFFUSION | SUPPORT | {"config", "data", "model", "methods", "sources._tokenizer"}
+    edited = {"config", "data", "model", "methods"}
+    allowed = DIFFUSION | SUPPORT | FORMATS | edited | {"sources._tokenizer"}
     for name in sorted(SUPPORT):
         assert imports_of(name) <= allowed, name
 

@@ -19,8 +19,9 @@ import data
 import evaluate
 import methods
 import sample
+from formats import meta_file
 from sources import _tokenizer, text, tokens
-from support import meta_file, metrics, pictures, runtime, starts, training, validate, videos
+from support import metrics, pictures, runtime, starts, training, validate, videos
 from support.checkpoint import load_run
 from support.text import Text, load_text, place_prompt
 

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from support.messages import shown
+from formats.messages import shown
 
 SOURCES = Path(__file__).parent.parent / "sources"
 MAX_IDS = 2**31             # of a vocabulary, and classes

@@ -9,7 +9,7 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from support.messages import is_plain, may_stop_reading, nearest, shown
+from formats.messages import is_plain, may_stop_reading, nearest, shown
 
 LARGEST = 2**63             # larger numbers are neither taken nor computed
 MAX_TEXT = 1000             # characters

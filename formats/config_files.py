@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from support.flags import LARGEST, MAX_TEXT, check_type
-from support.messages import nearest, shown
+from formats.flags import LARGEST, MAX_TEXT, check_type
+from formats.messages import nearest, shown
 
 
 def read_file(path: str | Path, cls: type) -> dict[str, Any]:

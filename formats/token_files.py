@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.meta_file import require_file
+from formats.meta_file import require_file
 
 
 class Split:
