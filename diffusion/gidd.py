@@ -140,7 +140,7 @@ class Terms(NamedTuple):
     """What the loss and its gradient share: n tokens, in the letters of the file's first lines."""
     a: Tensor                   # (n,)
     b: Tensor                   # (n,)
-    total: Tensor               # (n,) C
+    total: Tensor | float       # (n,) C
     ratio: Tensor               # (n,) a / b
     probs: Tensor               # (n, V) p
     q: Tensor                   # (n, V) 1 + ratio p_j, which is q_t(j | p) divided by b / C
@@ -180,13 +180,12 @@ def itakura_saito_of(terms: Terms) -> Tensor:
 
 def write_grad(terms: Terms, weight: Tensor, grad: Tensor) -> None:
     """d loss / d logits into grad (n, V); terms.q and terms.probs are used up."""
-    ratio = terms.ratio[:, None]
-    w = weight[:, None]
-    # dL/dp_j: every j has -w (b / C) ratio / q_j, by S
-    of_all = -w * terms.b[:, None] / terms.total[:, None] * ratio
-    d_probs = torch.div(of_all, terms.q, out=terms.q)
+    # dL/dp_j: every j has -weight (b / C) ratio / q_j, by S
+    of_all = -weight * terms.b / terms.total * terms.ratio
+    d_probs = torch.div(of_all[:, None], terms.q, out=terms.q)
     # and x0 and z have more, by the KL's own term and by r, through log(1 + ratio p)
     p_at = torch.stack([terms.p_x0, terms.p_z], 1)
+    ratio = terms.ratio[:, None]
     d_log = ratio / (1 + ratio * p_at)                                  # (n, 2)
     by_log = torch.stack([-weight * terms.a / terms.total, weight * (1 - terms.r)], 1)
     d_probs.scatter_add_(1, terms.at_x0_and_z, by_log * d_log)
