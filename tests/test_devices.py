@@ -16,6 +16,7 @@ from world import tiny_spec
 import config
 import evaluate
 import methods
+import support.judged
 import support.validate
 import train_ddpd
 from sources import maze
@@ -415,8 +416,8 @@ def test_validation_in_chunks(runs, device, monkeypatch):
 @pytest.fixture
 def judged(runs, device, monkeypatch):
     """-> a function: name of a run -> Judged, its networks on the device"""
-    monkeypatch.setattr(evaluate, "N_BITS", 16)
-    monkeypatch.setattr(evaluate, "N_BITS_VIDEO", 16)
+    monkeypatch.setattr(support.judged, "N_BITS", 16)
+    monkeypatch.setattr(support.judged, "N_BITS_VIDEO", 16)
     return lambda name: evaluate.Judged(runs[name], device)
 
 
