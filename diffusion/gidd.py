@@ -137,7 +137,7 @@ def loss_and_grad(
 
 
 class Terms(NamedTuple):
-    """What the loss and its gradient share: n tokens, in the letters of the file's first lines."""
+    """What loss and gradient share, for n tokens; letters as at the top of this file."""
     a: Tensor                   # (n,)
     b: Tensor                   # (n,)
     total: Tensor | float       # (n,) C

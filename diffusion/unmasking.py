@@ -1,4 +1,4 @@
-"""Samplers of a mask denoiser, which start from masks; samplers.py holds them too.
+"""Samplers of a mask denoiser, which start from masks; samplers.py imports them too.
 
 They uncover masks step by step; remdm, planned and p2 also mask tokens again.
 """
