@@ -205,8 +205,11 @@ class Config(
 class PlanFlags:
     """Planned denoising, sampler ddpd."""
     # ddpd: sites per step, spread (default), fixed, one or leap. confidence, p2: how the number of
-    # masks falls, arccos (default of confidence), cosine or linear (default of p2)
-    schedule: Literal["spread", "fixed", "one", "leap", "arccos", "cosine", "linear"] | None = None
+    # masks falls, arccos (default of confidence), cosine or linear (default of p2); confidence:
+    # entropy uncovers an equal share of the entropy left in each step
+    schedule: Literal[
+        "spread", "fixed", "one", "leap", "arccos", "cosine", "linear", "entropy"
+    ] | None = None
     # sites per step of --schedule fixed, --refine and --correct; 1 if not given
     k: int | None = None
     # draw sites in proportion to P(noise) (default), or to its odds (softmax)
@@ -221,8 +224,9 @@ class PlanFlags:
 @dataclass(frozen=True)
 class MaskFlags:
     """Samplers of a mask denoiser: confidence (MaskGIT), remdm, p2 (path planning), planned."""
-    # confidence, planned: uncover the most confident draws (default), or random masks
-    order: Literal["confidence", "random"] | None = None
+    # confidence, planned: uncover the most confident draws (default), or random masks; confidence:
+    # halton, far from each other
+    order: Literal["confidence", "random", "halton"] | None = None
     # confidence, planned: Gumbel noise on the log-probability; 4.5 if not given
     noise: float | None = None
     # confidence: the temperature falls linearly to this; 0, or not given: it stays

@@ -293,6 +293,12 @@ def from_masks(sampler):
     return call
 
 
+def maskgit(spec, nets, x, label, **options):
+    return samplers.confidence(
+        nets["denoiser"], x, label, vocab=spec.vocab, grid=spec.grid, **options
+    )
+
+
 def self_correct(spec, nets, x, label, **options):
     return samplers.self_correct(
         nets["denoiser"], x, label, p_uniform=spec.noise.p_uniform, **options
@@ -354,7 +360,7 @@ METHODS = {
         samplers={
             "ddpd": PLANNED,
             "ancestral": ANCESTRAL,
-            "confidence": Sampler(samplers.confidence, from_masks(samplers.confidence)),
+            "confidence": Sampler(samplers.confidence, maskgit),
             "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
             "p2": Sampler(samplers.p2, path_planned, p_noise_after=after_planned),
         },
@@ -370,7 +376,7 @@ METHODS = {
                 samplers.planned, planned_remasking, p_noise_after=after_planned_remasking
             ),
             "ancestral": ANCESTRAL,
-            "confidence": Sampler(samplers.confidence, from_masks(samplers.confidence)),
+            "confidence": Sampler(samplers.confidence, maskgit),
             "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
             "p2": Sampler(samplers.p2, path_planned, p_noise_after=after_planned_remasking),
         },

@@ -123,6 +123,7 @@ def gather_at(probs: Tensor, x: Tensor) -> Tensor:
 class Draw(NamedTuple):
     x: Tensor                   # (B, N) with new tokens at the sites asked for
     p: Tensor                   # (B, N) probability of what was drawn, 0 elsewhere
+    entropy: Tensor             # (B, N) nats of the law it was drawn from, 0 elsewhere
     calls: Tensor               # (B,) network calls of each row, 0 where it has no site
 
 
@@ -135,11 +136,12 @@ def sample_at(
     x, where (B, N), t (B, 1); logits (B, N, V) of x, if they are known already  ->  Draw
     """
     p = torch.zeros(x.shape, device=x.device)
+    entropy = torch.zeros(x.shape, device=x.device)
     calls = torch.zeros(len(x), dtype=torch.long, device=x.device)
     n_sites = where.sum(1, keepdim=True)
     rows = n_sites[:, 0].nonzero()[:, 0]                                # (b,) that have any
     if len(rows) == 0:
-        return Draw(x, p, calls)
+        return Draw(x, p, entropy, calls)
     n_sites = n_sites[rows]
     n_most = int(n_sites.max())
     sites = where[rows].int().topk(n_most).indices      # (b, K), a row's own first, then any others
@@ -159,7 +161,11 @@ def sample_at(
     p_drawn = torch.zeros(sites.shape, device=x.device)
     p_drawn[is_site] = probs.gather(1, drawn[:, None])[:, 0]
     p[rows] = p[rows].scatter(1, sites, p_drawn)
-    return Draw(x.index_copy(0, rows, x[rows].scatter(1, sites, ids)), p, calls)
+    entropy_at_sites = torch.zeros(sites.shape, device=x.device)
+    entropy_at_sites[is_site] = torch.special.entr(probs).sum(-1)
+    entropy[rows] = entropy[rows].scatter(1, sites, entropy_at_sites)
+    new_x = x.index_copy(0, rows, x[rows].scatter(1, sites, ids))
+    return Draw(new_x, p, entropy, calls)
 
 
 def race_keys(weight: Tensor, generator: Random) -> Tensor:

@@ -3,11 +3,13 @@
 They uncover masks step by step; remdm, planned and p2 also mask tokens again.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,7 @@ from diffusion.decoding import (
 from diffusion.processes import T_MAX, T_MIN
 from diffusion.randomness import Random, exponential, of_rows, uniform
 
+ORDERS = ("confidence", "random", "halton")
 # schedule -> share of tokens that are masked after a share r of the steps
 MASKED_SHARES = {
     "linear": lambda r: 1 - r,
@@ -40,20 +43,19 @@ MASKED_SHARES = {
 def confidence(
     denoiser: Callable, x: Tensor, label: Tensor, *, n_steps: int, generator: Random,
     order: str = "confidence", schedule: str = "arccos", noise: float = 4.5,
-    vocab: int | None = None, known: Tensor | None = None, temperature: float = 1.0,
-    temperature_end: float = 0.0, **decoding,
+    grid: Sequence[int] = (), vocab: int | None = None, known: Tensor | None = None,
+    temperature: float = 1.0, temperature_end: float = 0.0, **decoding,
 ) -> Iterator[State]:
     """MaskGIT (arXiv:2202.04200): fill all masks, keep the most confident, mask the rest.
 
     x (B, N) masks (id vocab)  ->  yields State
-    schedule   a name in MASKED_SHARES; every step keeps at least one token
-    order      which draws are kept: by "confidence", log-probability plus noise (1 - r) Gumbel, or
-               "random"
+    order      which draws are kept: by "confidence", log-probability plus noise (1 - r) Gumbel;
+               "random"; or "halton": of a grid, far from each other (halton_rank)
+    schedule   how many: a name in MASKED_SHARES, or "entropy" (n_within_entropy); at least one
     temperature_end   the temperature falls linearly to this; 0: it is constant
     """
     options = Decoding(temperature, **decoding)
-    check_choice("order", order, ("confidence", "random"))
-    check_choice("schedule", schedule, MASKED_SHARES)
+    check_confidence(order, schedule, grid, x.shape[1])
     check_at_least(n_steps=(n_steps, 1), noise=(noise, 0), temperature_end=(temperature_end, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
@@ -65,27 +67,82 @@ def confidence(
         n_masked = is_masked.sum(1)
         t = (n_masked / n_editable.clamp_min(1)).clamp(T_MIN, T_MAX)    # (B,)
         done = (step + 1) / n_steps                                     # share of the steps
-        n_left = (n_editable * MASKED_SHARES[schedule](done) + 1e-6).long()
-        n_left = n_left.minimum(n_masked - 1).clamp_min(0)              # (B,) masks after this step
-        if step + 1 == n_steps:
-            n_left = torch.zeros_like(n_left)
-        if temperature_end:
-            progress = step / max(1, n_steps - 1)
-            now = temperature + (temperature_end - temperature) * progress
-            options = replace(options, temperature=now)
+        now = temperature_at(step, n_steps, temperature, temperature_end)
+        options = replace(options, temperature=now)
         gumbel = -exponential(x.shape, generator, x.device).log()
-        if order == "random":                           # only tokens that will be kept are drawn
-            keys = torch.where(is_masked, gumbel, -torch.inf)
-            sites = topk_mask(keys, n_masked - n_left) & is_masked
-            draw = sample_at(denoiser, x, t[:, None], label, sites, options, generator)
-        else:
+        draw = None
+        if order == "confidence":
             draw = sample_at(denoiser, x, t[:, None], label, is_masked, options, generator)
             keys = draw.p.double().log() + noise * (1 - done) * gumbel
-            keys = torch.where(is_masked, keys, -torch.inf)
-            sites = topk_mask(keys, n_masked - n_left) & is_masked
+        elif order == "halton":
+            keys = -halton_rank(tuple(grid)).double().to(x.device).expand(x.shape)
+        else:
+            keys = gumbel
+        keys = keys.masked_fill(~is_masked, -torch.inf)
+        if schedule == "entropy":
+            n_kept = n_within_entropy(keys, draw.entropy, n_steps - step)
+        else:
+            n_kept = n_masked - n_masks_left(schedule, done, n_editable, n_masked)
+        sites = topk_mask(keys, n_kept) & is_masked
+        if draw is None:                                # only tokens that are kept are drawn
+            draw = sample_at(denoiser, x, t[:, None], label, sites, options, generator)
         x = torch.where(sites, draw.x, x)
         nfe = nfe + draw.calls
         yield State(x.clone(), is_masked.float(), sites, t, nfe)
+
+
+def check_confidence(order: str, schedule: str, grid: Sequence[int], n_tokens: int) -> None:
+    """Refuse, by name, arguments that are unknown or exclude each other."""
+    check_choice("order", order, ORDERS)
+    check_choice("schedule", schedule, (*MASKED_SHARES, "entropy"))
+    if schedule == "entropy" and order != "confidence":
+        raise ValueError(f"schedule entropy keeps the most confident draws: order {order} has none")
+    if order == "halton" and math.prod(grid) != n_tokens:
+        raise ValueError(f"order halton needs the grid of the {n_tokens} tokens, not {list(grid)}")
+
+
+def temperature_at(step: int, n_steps: int, start: float, end: float) -> float:
+    """Linear from start, in step 0, to end, in the last; constant if end is 0."""
+    if not end:
+        return start
+    return start + (end - start) * step / max(1, n_steps - 1)
+
+
+def n_masks_left(schedule: str, done: float, n_editable: Tensor, n_masked: Tensor) -> Tensor:
+    """After a share `done` of the steps, at least one token being kept in each.  (B,) -> (B,)"""
+    if done == 1:
+        return torch.zeros_like(n_masked)
+    n_left = (n_editable * MASKED_SHARES[schedule](done) + 1e-6).long()
+    return n_left.minimum(n_masked - 1).clamp_min(0)
+
+
+def n_within_entropy(keys: Tensor, entropy: Tensor, steps_left: int) -> Tensor:
+    """How many tokens, by falling keys, have together 1 / steps_left of the entropy of all masks.
+
+    Rounded down, at least one. In the manner of EB-sampler (arXiv:2505.24857), whose bound is
+    constant instead, so that its steps are as many as it needs.
+    keys, entropy (B, N), which is 0 where nothing is masked  ->  (B,)
+    """
+    by_key = keys.argsort(1, descending=True)
+    spent = entropy.double().gather(1, by_key).cumsum(1)
+    limit = spent[:, -1:] / steps_left
+    return (spent <= limit + 1e-9).sum(1).clamp_min(1)
+
+
+@functools.cache
+def halton_rank(grid: tuple[int, ...]) -> Tensor:
+    """The place of each token of a grid in the Halton sequence, whose next points always lie far
+    from the last ones (arXiv:2503.17076).  -> (N,) int64"""
+    from scipy.stats import qmc
+
+    sequence = qmc.Halton(len(grid), scramble=False)
+    n_tokens = math.prod(grid)
+    ranks = {}
+    while len(ranks) < n_tokens:
+        cells = (sequence.random(n_tokens) * grid).astype(int)          # (N, axes)
+        for index in np.ravel_multi_index(cells.T, grid):
+            ranks.setdefault(int(index), len(ranks))
+    return torch.tensor([ranks[index] for index in range(n_tokens)])
 
 
 @torch.no_grad()

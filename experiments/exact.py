@@ -50,6 +50,8 @@ ROWS = {
     "random order, cooled to .6": Row(*evaluate.VARIANTS["random"]),
     "MaskGIT, noise 4.5": Row("confidence", {}),
     "MaskGIT, noise 0": Row("confidence", dict(noise=0.0)),
+    "MaskGIT by entropy, noise 4.5": Row("confidence", dict(schedule="entropy")),
+    "Halton order": Row("confidence", dict(order="halton")),
     "ReMDM, rescaled, eta .2": Row("remdm", dict(remask="rescale")),
     "ReMDM, rescaled, eta 1": Row("remdm", dict(remask="rescale", eta=1.0)),
     "ReMDM, capped, eta .2": Row("remdm", dict(remask="cap")),

@@ -50,10 +50,7 @@ class Task(NamedTuple):
 
 PICTURE_AXES = ("recall", "precision")
 TASKS = {
-    "digits": Task(
-        "digits", "digits_trunk", "out/frontiers/digits_{seed}", PICTURE_AXES,
-        n_report=2000, n_choice=500,
-    ),
+    "digits": Task("digits", "digits_trunk", "out/frontiers/digits_{seed}", PICTURE_AXES),
     "avatars": Task("avatars", "avatars_trunk", "out/frontiers/avatars_{seed}", PICTURE_AXES),
     "mazes": Task(
         "maze_ddpd", "maze_trunk", "out/frontiers/maze_{seed}", ("valid", "shortest")
@@ -81,6 +78,14 @@ ARMS = [
     Arm("ancestral", "ancestral", "temperature", TEMPERATURES, is_control=True),
     Arm("MaskGIT", "confidence", "noise", NOISES, is_control=True),
     Arm("MaskGIT, cold", "confidence", "temperature", (0.6,), is_control=True),
+    Arm(
+        "MaskGIT by entropy", "confidence", "noise", NOISES, dict(schedule="entropy"),
+        is_control=True,
+    ),
+    Arm(
+        "Halton order", "confidence", "temperature", TEMPERATURES, dict(order="halton"),
+        is_control=True,
+    ),
     Arm("ReMDM", "remdm", "temperature", TEMPERATURES, ALL, is_control=True),
     Arm(
         "ReMDM by confidence", "planned", "noise", NOISES, UNINFORMED, training="trunk",
@@ -399,8 +404,8 @@ def scores_of(rows: common.Rows, columns: list[str]) -> list[str]:
 
 COLOURS = ("#d62728", "#1f5fd6", "#17a34a", "#c026d3", "#f08c00", "#0891b2", "#7c3aed", "#b45309")
 PLANNED_MARKERS = "oDs^vP"
-GREYS = ("0.30", "0.45", "0.60", "0.70", "0.78", "0.55")
-CONTROL_MARKERS = "x+12<>"
+GREYS = ("0.30", "0.45", "0.60", "0.70", "0.78", "0.55", "0.38", "0.65")
+CONTROL_MARKERS = "x+12<>34"
 PANEL_WIDTH = 3.1       # inches
 LEGEND_WIDTH = 2.7
 MARGIN = 0.03           # around the points
