@@ -240,6 +240,9 @@ class MaskFlags:
     eta: float | None = None
     # planned: power of the odds of being wrong; 1 if not given; 0: ignore the planner, as remdm
     trust: float | None = None
+    # planned: power of the odds of a token when it was written; 0 if not given; 1: mask again what
+    # looks more doubtful now than it did then
+    surprise: float | None = None
 
 
 @dataclass(frozen=True)

@@ -321,8 +321,7 @@ def self_correct(
         probs = truncate_probs(logits.float(), options)
         draws = sample_categorical(probs, of_rows(generator, rows))     # (b, N)
         differs = (draws != x[rows]) & editable[rows]
-        p_draw = gather_at(probs, draws).double()
-        keys = torch.where(differs, p_draw, -1.0)
+        keys = torch.where(differs, gather_at(probs, draws).double(), -1.0)
         sites = topk_mask(keys, torch.full_like(label[rows], k)) & differs
         corrected = torch.where(sites, draws, x[rows])
 
@@ -336,7 +335,7 @@ def self_correct(
         done[rows] = stops
         written = torch.zeros_like(editable)
         written[rows] = sites
-        t_state = torch.full((len(x),), t, device=x.device)
+        t_state = torch.full_like(best_accuracy, t)
         yield State(x.clone(), p_noise.clone(), written, t_state, nfe.clone())
         if done.all():
             return

@@ -30,6 +30,7 @@ from diffusion.decoding import (
 from diffusion.processes import T_MAX, T_MIN
 from diffusion.randomness import Random, exponential, of_rows, uniform
 
+LEAST_DOUBT = 0.01          # of a token when it was written; so much at most, too, that it is right
 ORDERS = ("confidence", "random", "halton")
 # schedule -> share of tokens that are masked after a share r of the steps
 MASKED_SHARES = {
@@ -202,8 +203,9 @@ def most_remasked(t: float, s: float) -> float:
 @torch.no_grad()
 def planned(
     denoiser: Callable, both: Callable, x: Tensor, label: Tensor, *, n_steps: int,
-    generator: Random, eta: float = 0.5, trust: float = 1.0, order: str = "confidence",
-    noise: float = 4.5, vocab: int | None = None, known: Tensor | None = None, **decoding,
+    generator: Random, eta: float = 0.5, trust: float = 1.0, surprise: float = 0.0,
+    order: str = "confidence", noise: float = 4.5, vocab: int | None = None,
+    known: Tensor | None = None, **decoding,
 ) -> Iterator[State]:
     """Planned remasking: ReMDM in which a planner chooses what is masked again, one call a step.
 
@@ -213,16 +215,16 @@ def planned(
     visible tokens are wrong: State.p_noise. It is asked in steps that mask some of them again; in
     others, and without trust, the denoiser is asked alone, and p_noise is the share masked again.
     eta        share of what may be masked again that is; 0: nothing
-    trust      power of the odds of being wrong, to which tokens are masked again in proportion; 0:
-               all alike, as in remdm
-    order      which masks are uncovered: those with the most confident draws, by log-probability
-               plus noise s Gumbel, or "random" ones
+    trust, surprise   which: remasking_weight; without trust all alike, as in remdm
+    order      which masks are uncovered: by "confidence", log p plus noise s Gumbel, or "random"
     """
     options = Decoding(**decoding)
     check_choice("order", order, ("random", "confidence"))
-    check_at_least(n_steps=(n_steps, 1), eta=(eta, 0), trust=(trust, 0), noise=(noise, 0))
+    check_at_least(n_steps=(n_steps, 1), noise=(noise, 0))
+    check_at_least(eta=(eta, 0), trust=(trust, 0), surprise=(surprise, 0))
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
+    p_written = torch.ones(x.shape, device=x.device)        # probability of each token when written
     nfe = torch.zeros_like(label)
     x = x.clone()
     for step in range(n_steps):
@@ -234,18 +236,21 @@ def planned(
         sigma = min(1.0, eta) * most_remasked(t, s)
         n_remasked, n_uncovered = counts(is_masked, is_visible, sigma, s, generator)
 
-        plan = Remasking(torch.ones(x.shape, device=x.device), sigma * is_visible, None, 0)
+        plan = Remasking(None, sigma * is_visible, None, 0)
+        weight = torch.ones(x.shape, device=x.device)
         if 0 < sigma < 1 and t < 1 and trust > 0:
-            plan = plan_remasking(both, x, t_input, label, trust, options)
-        remasked = draw_sites(plan.weight, is_visible, n_remasked, generator)
+            plan = plan_remasking(both, x, t_input, label, options)
+            weight = remasking_weight(plan.logits_wrong, p_written, trust, surprise)
+        remasked = draw_sites(weight, is_visible, n_remasked, generator)
 
         uncovered = is_masked
         if order == "random":
-            uncovered = draw_sites(torch.ones_like(plan.weight), is_masked, n_uncovered, generator)
+            uncovered = draw_sites(torch.ones_like(weight), is_masked, n_uncovered, generator)
         draw = sample_at(denoiser, x, t_input, label, uncovered, options, generator, plan.logits)
         nfe = nfe + plan.calls + draw.calls
         if order == "confidence":
             uncovered = most_confident(draw.p, is_masked, n_uncovered, noise * s, generator)
+        p_written = torch.where(uncovered, draw.p, p_written)
         x = torch.where(uncovered, draw.x, x)
         x = x.masked_fill(remasked, vocab)
         p_noise = torch.where(is_masked, 1.0, plan.p_wrong) * editable
@@ -254,14 +259,14 @@ def planned(
 
 class Remasking(NamedTuple):
     """What a planner says of a step of planned()."""
-    weight: Tensor                  # (B, N) tokens are masked again in proportion to it
+    logits_wrong: Tensor | None     # (B, N) of the planner; None: it was not asked
     p_wrong: Tensor                 # (B, N)
     logits: Tensor | None           # (B, N, V) of the denoiser, guided; None: it was not asked
     calls: int
 
 
 def plan_remasking(
-    both: Callable, x: Tensor, t: Tensor, label: Tensor, trust: float, options: Decoding,
+    both: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding,
 ) -> Remasking:
     """Ask denoiser and planner in one call."""
     plans = []
@@ -274,7 +279,21 @@ def plan_remasking(
     logits, calls = cfg_logits(denoiser, x, t, label, options)
     plan_logits = plans[0][:len(x)]                     # with the label, where asked without it too
     refuse_nan(plan_logits)
-    return Remasking(odds(plan_logits, trust), plan_logits.sigmoid(), logits, calls)
+    return Remasking(plan_logits, plan_logits.sigmoid(), logits, calls)
+
+
+def remasking_weight(
+    logits_wrong: Tensor, p_written: Tensor, trust: float, surprise: float,
+) -> Tensor:
+    """Visible tokens are masked again in proportion to it: odds of being wrong by the planner, to
+    the power of trust, times odds of the token when it was written, to the power of surprise.
+
+    With surprise 1 it is how much the odds of being wrong have grown since: a planner that knows no
+    more than the denoiser did then makes no choice.  (B, N), (B, N) -> (B, N) float64, finite
+    """
+    then = torch.logit(p_written.double(), eps=LEAST_DOUBT)
+    log_weight = trust * logits_wrong.double() + surprise * then
+    return log_weight.clamp(-300, 300).exp()
 
 
 def counts(
@@ -289,11 +308,6 @@ def counts(
     n_left = (s * (n_visible + n_masked) + 1e-6).long()
     n_uncovered = n_masked + n_remasked - n_left
     return n_remasked, n_uncovered.clamp_min(0)
-
-
-def odds(logits: Tensor, power: float) -> Tensor:
-    """exp(power logits), in float64 and finite.  (B, N) -> (B, N)"""
-    return (power * logits.double()).clamp(-300, 300).exp()
 
 
 def draw_sites(weight: Tensor, where: Tensor, n: Tensor, generator: Random) -> Tensor:

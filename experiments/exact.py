@@ -65,7 +65,10 @@ ROWS = {
     "planned, written, eta 1": Row("planned", dict(eta=1.0, order="random"), "written"),
     "planned, differs": Row("planned", dict(order="random"), "differs"),
     "planned, written": Row("planned", dict(order="random"), "written"),
+    "planned, differs, surprise .5": Row("planned", dict(order="random", surprise=0.5), "differs"),
+    "planned, differs, surprise 1": Row("planned", dict(order="random", surprise=1.0), "differs"),
     "planned, differs, by confidence": Row("planned", {}, "differs"),
+    "planned, differs, by confidence, surprise 1": Row("planned", dict(surprise=1.0), "differs"),
     "planned, written, by confidence": Row("planned", {}, "written"),
 }
 

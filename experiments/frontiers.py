@@ -44,13 +44,16 @@ class Task(NamedTuple):
     folder: str             # of a run, by its seed
     axes: tuple[str, str]   # columns of the plane in which frontiers lie, more is better
     calls: tuple[int, ...] = (8, 16)
+    temperatures: tuple[float, ...] = ()    # besides those of the arms
     n_report: int = 500
     n_choice: int = 250
 
 
 PICTURE_AXES = ("recall", "precision")
 TASKS = {
-    "digits": Task("digits", "digits_trunk", "out/frontiers/digits_{seed}", PICTURE_AXES),
+    "digits": Task(
+        "digits", "digits_trunk", "out/frontiers/digits_{seed}", PICTURE_AXES, temperatures=(0.8,)
+    ),
     "avatars": Task("avatars", "avatars_trunk", "out/frontiers/avatars_{seed}", PICTURE_AXES),
     "mazes": Task(
         "maze_ddpd", "maze_trunk", "out/frontiers/maze_{seed}", ("valid", "shortest")
@@ -99,6 +102,11 @@ ARMS = [
     Arm("p2", "p2", "temperature", (1.3, 1.0)),
     Arm("planned", "planned", "noise", NOISES, training="trunk"),
     Arm("planned, cold", "planned", "temperature", (0.6,), training="trunk"),
+    Arm("planned by surprise", "planned", "noise", NOISES, dict(surprise=1.0), training="trunk"),
+    Arm(
+        "planned by surprise, cold", "planned", "temperature", (0.6,), dict(surprise=1.0),
+        training="trunk",
+    ),
     Arm(
         "planned, random order", "planned", "temperature", TEMPERATURES, dict(order="random"),
         training="trunk",
@@ -143,11 +151,17 @@ class Setting(NamedTuple):
         return {"run": folder} | own
 
 
+def values_of(task: str, arm: Arm) -> tuple[float, ...]:
+    """All settings of an arm's dial."""
+    more = TASKS[task].temperatures if arm.dial == "temperature" else ()
+    return tuple(sorted({*arm.values, *more}, reverse=arm.values[0] > arm.values[-1]))
+
+
 def settings_of(task: str, training: str) -> list[Setting]:
     arms = [arm for arm in ARMS if arm.training == training]
     return [
         Setting(arm, calls, value, seed)
-        for calls in TASKS[task].calls for arm in arms for value in arm.values
+        for calls in TASKS[task].calls for arm in arms for value in values_of(task, arm)
         for seed in (CHOICE_SEED, REPORT_SEED)
     ]
 
@@ -283,7 +297,7 @@ def curve_of(rows: common.Rows, task: str, arm: Arm, calls: int, seed: int) -> C
     splits = []
     for sampling_seed in (CHOICE_SEED, REPORT_SEED):
         keys = {value: Setting(arm, calls, value, sampling_seed).key(folder)
-                for value in arm.values}
+                for value in values_of(task, arm)}
         found = {value: common.select(rows, **key) for value, key in keys.items()}
         if not all(found.values()):
             return None
@@ -476,7 +490,8 @@ def mean_points(
     by_seed = [points_of(curve.report, task) for curve in curves if curve]
     if not by_seed:
         return []
-    return [tuple(np.mean([points[value] for points in by_seed], 0)) for value in arm.values]
+    return [tuple(np.mean([points[value] for points in by_seed], 0))
+            for value in values_of(task, arm)]
 
 
 def draw_reach(panel, points: list[Point]):

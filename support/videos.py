@@ -186,15 +186,9 @@ def n_that_fit(n: int, tile: np.ndarray, n_tiles: int) -> int:
 
 
 def planner_frames(
-    moments: Sequence[Moment],
-    labels: Sequence[int],
-    meta: dict,
-    title: Sequence[str] = (),
-    decoder: Decoder | None = None,
-    known: np.ndarray | None = None,
-    real: np.ndarray | None = None,
-    wrong: np.ndarray | None = None,
-    scale: int = 0,
+    moments: Sequence[Moment], labels: Sequence[int], meta: dict, title: Sequence[str] = (),
+    decoder: Decoder | None = None, known: np.ndarray | None = None,
+    real: np.ndarray | None = None, wrong: np.ndarray | None = None, scale: int = 0,
 ) -> Iterator[np.ndarray]:
     """Video frames of a run: the state of each sequence beside the planner's noise probabilities.
 

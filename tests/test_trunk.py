@@ -14,7 +14,7 @@ import model
 import train_ddpd
 from diffusion import objectives, samplers
 from diffusion.samplers import last, remdm
-from diffusion.unmasking import counts, draw_sites, odds
+from diffusion.unmasking import counts, draw_sites, remasking_weight
 from support import training
 from support.checkpoint import digest, load_run
 
@@ -60,10 +60,45 @@ def test_sites_are_drawn_in_proportion_to_the_odds(rng):
     is_visible = torch.tensor([True, True, True, False]).expand(60_000, 4)
     one = torch.ones(60_000).long()
     for power, weight in ((1.0, [1, 2, 3, 0]), (2.0, [1, 4, 9, 0])):
-        sites = draw_sites(odds(logits, power), is_visible, one, rng)
+        weights = remasking_weight(logits, torch.ones_like(logits), power, 0.0)
+        sites = draw_sites(weights, is_visible, one, rng)
         assert (sites.sum(1) == 1).all()
         share = torch.tensor(weight) / sum(weight)
         torch.testing.assert_close(sites.float().mean(0), share, atol=0.01, rtol=0)
+
+
+def test_surprise_weighs_what_has_become_doubtful():
+    """Odds of being wrong 1, 2 and 3, of the token when it was written 3, 1 and 1/3."""
+    logits = torch.tensor([[1.0, 2.0, 3.0]]).log()
+    p_written = torch.tensor([[0.75, 0.5, 0.25]])
+    weight = remasking_weight(logits, p_written, 1.0, 1.0)
+    torch.testing.assert_close(weight, torch.tensor([[3.0, 2.0, 1.0]]).double())
+    weight = remasking_weight(logits, p_written, 2.0, 0.5)
+    expected = torch.tensor([[1.0, 4.0, 9.0]]) * torch.tensor([[3.0, 1.0, 1 / 3]]).sqrt()
+    torch.testing.assert_close(weight, expected.double(), rtol=1e-6, atol=0)
+    surest = remasking_weight(logits, torch.tensor([[1.0, 0.0, 0.5]]), 1.0, 1.0)
+    torch.testing.assert_close(surest, torch.tensor([[99.0, 2 / 99, 3.0]]).double())
+
+
+@pytest.mark.parametrize("surprise, is_remdm", [(1.0, True), (0.0, False)])
+def test_a_planner_that_knows_what_the_denoiser_knew_makes_no_choice(surprise, is_remdm, rng):
+    """Tokens are independent: that they were improbable is no evidence against them."""
+    logits = torch.randn(9, 5, generator=rng)
+
+    def denoiser(x, t, label):
+        return logits.expand(len(x), 9, 5)
+
+    def planner(x, label):
+        p = denoiser(x, None, None).softmax(-1)
+        p = p.gather(-1, x.clamp_max(4)[..., None])[..., 0]
+        return torch.logit(1 - p)
+
+    runs = []
+    for options in (dict(surprise=surprise), dict(trust=0.0)):
+        options |= dict(n_steps=6, generator=torch.Generator().manual_seed(3))
+        x = torch.full((200, 9), 5)
+        runs.append(last(planned(both_of(denoiser, planner), x, no_label(200), **options)))
+    assert torch.equal(runs[0].x, runs[1].x) == is_remdm
 
 
 def test_an_oracles_sites_come_first(rng):
@@ -72,7 +107,8 @@ def test_an_oracles_sites_come_first(rng):
     logits[:, :2] = torch.inf
     is_visible = torch.arange(6).expand(500, 6) < 4
     for n, expected in ((1, [1]), (2, [2]), (3, [3]), (9, [4])):
-        sites = draw_sites(odds(logits, 1.0), is_visible, torch.full((500,), n), rng)
+        weights = remasking_weight(logits, torch.ones_like(logits), 1.0, 0.0)
+        sites = draw_sites(weights, is_visible, torch.full((500,), n), rng)
         assert sites.sum(1).unique().tolist() == expected
         assert (sites[:, :2].sum(1) == min(n, 2)).all()
 
@@ -230,6 +266,7 @@ def test_guidance_doubles_the_calls_and_leaves_the_planner_its_label(rng):
 
 @pytest.mark.parametrize("bad, name", [
     (dict(eta=-1.0), "eta"), (dict(trust=-1.0), "trust"), (dict(n_steps=0), "n_steps"),
+    (dict(surprise=-1.0), "surprise"),
     (dict(x=torch.zeros(1, 3).long()), "start from masks"), (dict(order="left"), "order"),
 ])
 def test_arguments_that_mean_nothing_are_refused_by_name(bad, name, rng):
