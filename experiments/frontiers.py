@@ -44,9 +44,9 @@ class Task(NamedTuple):
     folder: str             # of a run, by its seed
     axes: tuple[str, str]   # columns of the plane in which frontiers lie, more is better
     calls: tuple[int, ...] = (8, 16)
-    temperatures: tuple[float, ...] = ()    # besides those of the arms
     n_report: int = 500
     n_choice: int = 250
+    temperatures: tuple[float, ...] = ()    # besides those of the arms
 
 
 PICTURE_AXES = ("recall", "precision")

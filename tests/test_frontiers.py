@@ -99,6 +99,8 @@ def rows_of(arm, seed, choice, report):
 @pytest.fixture
 def arms(monkeypatch):
     monkeypatch.setattr(frontiers, "ARMS", [PLAIN, OTHER, PLANNED])
+    plain_digits = frontiers.TASKS["digits"]._replace(temperatures=())
+    monkeypatch.setitem(frontiers.TASKS, "digits", plain_digits)
 
 
 def test_a_setting_is_chosen_on_one_split_and_reported_on_the_other(arms):
@@ -141,6 +143,17 @@ def test_arms_have_the_options_that_they_set():
         assert given <= flags & set(known), arm.name
         assert len(set(arm.values)) == len(arm.values), arm.name
         assert arm.training in frontiers.TRAININGS
+
+
+def test_a_task_can_add_temperatures(arms, monkeypatch):
+    """For all arms alike, and not to other dials."""
+    warmer = frontiers.TASKS["digits"]._replace(temperatures=(0.8,))
+    assert frontiers.values_of("digits", PLAIN) == (1.0, 0.5)
+    monkeypatch.setitem(frontiers.TASKS, "digits", warmer)
+    assert frontiers.values_of("digits", PLAIN) == (1.0, 0.8, 0.5)
+    assert frontiers.values_of("digits", PLAIN._replace(values=(0.6,))) == (0.6, 0.8)
+    by_noise = PLAIN._replace(dial="noise", values=(1.0, 2.0))
+    assert frontiers.values_of("digits", by_noise) == (1.0, 2.0)
 
 
 # A tiny run
@@ -237,6 +250,8 @@ def exact_nets():
     ("ReMDM, counts", 8, 0.08, 5.57),
     ("planned, written", 8, 0.04, 5.41),        # closer, and not sharpened
     ("planned, differs", 8, 0.12, 4.99),
+    ("planned, differs, by confidence", 8, 0.195, 4.45),
+    ("planned, differs, by confidence, surprise 1", 8, 0.07, 5.16),     # no longer sharpened
 ])
 def test_laws_with_exact_networks(exact_nets, name, n_steps, tv, bits):
     world, nets = exact_nets
