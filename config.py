@@ -200,6 +200,8 @@ class Config(
 # Sampling: flags of sample.py and evaluate.py are the samplers' arguments. With None a sampler uses
 # its own default
 
+Schedule = Literal["spread", "fixed", "one", "leap", "arccos", "cosine", "linear", "entropy"]
+
 
 @dataclass(frozen=True)
 class PlanFlags:
@@ -207,9 +209,7 @@ class PlanFlags:
     # ddpd: sites per step, spread (default), fixed, one or leap. confidence, p2: how the number of
     # masks falls, arccos (default of confidence), cosine or linear (default of p2); confidence:
     # entropy uncovers an equal share of the entropy left in each step
-    schedule: Literal[
-        "spread", "fixed", "one", "leap", "arccos", "cosine", "linear", "entropy"
-    ] | None = None
+    schedule: Schedule | None = None
     # sites per step of --schedule fixed, --refine and --correct; 1 if not given
     k: int | None = None
     # draw sites in proportion to P(noise) (default), or to its odds (softmax)
