@@ -123,13 +123,14 @@ def gather_at(probs: Tensor, x: Tensor) -> Tensor:
 class Draw(NamedTuple):
     x: Tensor                   # (B, N) with new tokens at the sites asked for
     p: Tensor                   # (B, N) probability of what was drawn, 0 elsewhere
-    entropy: Tensor             # (B, N) nats of the law it was drawn from, 0 elsewhere
+    entropy: Tensor             # (B, N) nats of the law it was drawn from, 0 elsewhere or unasked
     calls: Tensor               # (B,) network calls of each row, 0 where it has no site
 
 
 def sample_at(
     denoiser: Callable | None, x: Tensor, t: Tensor, label: Tensor, where: Tensor,
     decoding: Decoding, generator: Random, logits: Tensor | None = None,
+    want_entropy: bool = False,
 ) -> Draw:
     """Draw a token wherever the mask `where` is true, by one network call on the rows that need it.
 
@@ -161,9 +162,10 @@ def sample_at(
     p_drawn = torch.zeros(sites.shape, device=x.device)
     p_drawn[is_site] = probs.gather(1, drawn[:, None])[:, 0]
     p[rows] = p[rows].scatter(1, sites, p_drawn)
-    entropy_at_sites = torch.zeros(sites.shape, device=x.device)
-    entropy_at_sites[is_site] = torch.special.entr(probs).sum(-1)
-    entropy[rows] = entropy[rows].scatter(1, sites, entropy_at_sites)
+    if want_entropy:
+        entropy_at_sites = torch.zeros(sites.shape, device=x.device)
+        entropy_at_sites[is_site] = torch.special.entr(probs).sum(-1)
+        entropy[rows] = entropy[rows].scatter(1, sites, entropy_at_sites)
     new_x = x.index_copy(0, rows, x[rows].scatter(1, sites, ids))
     return Draw(new_x, p, entropy, calls)
 

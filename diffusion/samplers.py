@@ -333,8 +333,7 @@ def self_correct(
         sites &= ~stops[:, None]
         x[rows] = torch.where(sites, draws, x[rows])
         done[rows] = stops
-        written = torch.zeros_like(editable)
-        written[rows] = sites
+        written = torch.zeros_like(editable).index_copy(0, rows, sites)
         t_state = torch.full_like(best_accuracy, t)
         yield State(x.clone(), p_noise.clone(), written, t_state, nfe.clone())
         if done.all():

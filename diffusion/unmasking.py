@@ -30,7 +30,7 @@ from diffusion.decoding import (
 from diffusion.processes import T_MAX, T_MIN
 from diffusion.randomness import Random, exponential, of_rows, uniform
 
-LEAST_DOUBT = 0.01          # of a token when it was written; so much at most, too, that it is right
+LEAST_DOUBT = 0.01          # nothing is written with a probability nearer to 0 or 1 (surprise)
 ORDERS = ("confidence", "random", "halton")
 # schedule -> share of tokens that are masked after a share r of the steps
 MASKED_SHARES = {
@@ -61,6 +61,7 @@ def confidence(
     editable = editable_mask(x, known)
     vocab = check_all_masked(x, editable, vocab)
     n_editable = editable.sum(1)
+    is_by_entropy = schedule == "entropy"
     nfe = torch.zeros_like(label)
     x = x.clone()
     for step in range(n_steps):
@@ -73,14 +74,15 @@ def confidence(
         gumbel = -exponential(x.shape, generator, x.device).log()
         draw = None
         if order == "confidence":
-            draw = sample_at(denoiser, x, t[:, None], label, is_masked, options, generator)
+            seen = (x, t[:, None], label, is_masked)
+            draw = sample_at(denoiser, *seen, options, generator, want_entropy=is_by_entropy)
             keys = draw.p.double().log() + noise * (1 - done) * gumbel
         elif order == "halton":
             keys = -halton_rank(tuple(grid)).double().to(x.device).expand(x.shape)
         else:
             keys = gumbel
         keys = keys.masked_fill(~is_masked, -torch.inf)
-        if schedule == "entropy":
+        if is_by_entropy:
             n_kept = n_within_entropy(keys, draw.entropy, n_steps - step)
         else:
             n_kept = n_masked - n_masks_left(schedule, done, n_editable, n_masked)
@@ -285,11 +287,11 @@ def plan_remasking(
 def remasking_weight(
     logits_wrong: Tensor, p_written: Tensor, trust: float, surprise: float,
 ) -> Tensor:
-    """Visible tokens are masked again in proportion to it: odds of being wrong by the planner, to
-    the power of trust, times odds of the token when it was written, to the power of surprise.
+    """Weights in proportion to which visible tokens are masked again.  (B, N), (B, N) -> (B, N)
 
-    With surprise 1 it is how much the odds of being wrong have grown since: a planner that knows no
-    more than the denoiser did then makes no choice.  (B, N), (B, N) -> (B, N) float64, finite
+    odds(wrong)^trust, by the planner, times odds(p_written)^surprise, by the denoiser. With both
+    powers 1 this is how much the odds of being wrong have grown since the token was written, so a
+    planner that knows no more than the denoiser did then makes no choice.  float64, finite
     """
     then = torch.logit(p_written.double(), eps=LEAST_DOUBT)
     log_weight = trust * logits_wrong.double() + surprise * then
