@@ -426,9 +426,12 @@ MARGIN = 0.03           # around the points
 
 
 def plot(task: str, seeds: list[int]) -> None:
-    """The frontiers, means over training seeds, a panel for each number of calls."""
+    """The frontiers, means over training seeds, a panel for each number of calls that was made."""
     rows = table_of(task).rows()
-    all_calls = TASKS[task].calls
+    all_calls = [calls for calls in TASKS[task].calls if common.select(rows, calls=calls)]
+    if not all_calls:
+        print(f"{task} is not sampled yet")
+        return
     width = PANEL_WIDTH * len(all_calls) + LEGEND_WIDTH
     figure, panels = common.open_figure(
         1, len(all_calls), width=width, height=3.9, sharex=True, sharey=True, squeeze=False
