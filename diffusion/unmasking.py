@@ -30,7 +30,7 @@ from diffusion.decoding import (
 from diffusion.processes import T_MAX, T_MIN
 from diffusion.randomness import Random, exponential, of_rows, uniform
 
-LEAST_DOUBT = 0.01          # nothing is written with a probability nearer to 0 or 1 (surprise)
+LEAST_DOUBT = 0.01          # for surprise, p_written is clipped to [0.01, 0.99]
 ORDERS = ("confidence", "random", "halton")
 # schedule -> share of tokens that are masked after a share r of the steps
 MASKED_SHARES = {
