@@ -47,6 +47,7 @@ class Task(NamedTuple):
     n_report: int = 500
     n_choice: int = 250
     temperatures: tuple[float, ...] = ()    # besides those of the arms
+    pair_flags: tuple[str, ...] = ()        # of the pair's training
 
 
 PICTURE_AXES = ("recall", "precision")
@@ -55,6 +56,10 @@ TASKS = {
         "digits", "digits_trunk", "out/frontiers/digits_{seed}", PICTURE_AXES, temperatures=(0.8,)
     ),
     "avatars": Task("avatars", "avatars_trunk", "out/frontiers/avatars_{seed}", PICTURE_AXES),
+    "mnist": Task(
+        "mnist_32", "mnist_32_trunk", "out/frontiers/mnist_32_{seed}", PICTURE_AXES,
+        pair_flags=("--max-iters", "2500"),
+    ),
     "mazes": Task(
         "maze_ddpd", "maze_trunk", "out/frontiers/maze_{seed}", ("valid", "shortest")
     ),
@@ -129,7 +134,9 @@ def train(task: str, seeds: list[int]) -> None:
     for seed in seeds:
         is_compiled = "compile" in sys.argv
         pair = run_folder(task, "pair", seed)
-        common.train(TASKS[task].config, pair, seed, compiled=is_compiled)
+        common.train(
+            TASKS[task].config, pair, seed, *TASKS[task].pair_flags, compiled=is_compiled
+        )
         common.train(
             TASKS[task].trunk_config, run_folder(task, "trunk", seed), seed,
             "--freeze-denoiser", pair, compiled=is_compiled,
