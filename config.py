@@ -85,8 +85,9 @@ class MethodOptions:
     # ddpd: planned denoising, arXiv:2410.06264; gidd: arXiv:2503.04482; forcing: arXiv:2407.01392
     method: Literal["ddpd", "gidd", "forcing"] = "ddpd"
     # ddpd: which networks. pair, planner and denoiser; trunk, a mask denoiser and a planner on its
-    # last residual; single, one denoiser of uniform noise that serves as both
-    nets: Literal["pair", "trunk", "single"] = "pair"
+    # last residual; denoiser, a mask denoiser alone, as in masked diffusion and MaskGIT; single,
+    # one denoiser of uniform noise that serves as both
+    nets: Literal["pair", "trunk", "denoiser", "single"] = "pair"
     planner_layers: Layers = 2              # ddpd: blocks of the planner of nets trunk
     # ddpd: the denoiser's noise; the planner sees the same, but uniform noise instead of masks
     denoiser_process: Literal["mask", "uniform"] = "mask"
@@ -388,15 +389,16 @@ def check_fills(cfg: Config) -> None:
             f"on_policy = {cfg.on_policy} needs nets = pair and denoiser_process = mask: "
             "a planner, and masks for the denoiser to fill"
         )
-    if cfg.nets == "trunk" and cfg.denoiser_process != "mask":
-        raise SystemExit("nets = trunk needs denoiser_process = mask: masks to fill")
+    if cfg.nets in ("trunk", "denoiser") and cfg.denoiser_process != "mask":
+        raise SystemExit(f"nets = {cfg.nets} needs denoiser_process = mask")
     if cfg.fill_label == "written" and not cfg.on_policy and cfg.nets != "trunk":
         raise SystemExit("fill_label = written needs fills: on_policy above 0, or nets = trunk")
     if cfg.planner_layers != Config.planner_layers and cfg.nets != "trunk":
         raise SystemExit(
             f"planner_layers = {cfg.planner_layers} needs nets = trunk; a planner apart has n_layer"
         )
-    if cfg.freeze_denoiser and (cfg.nets == "single" or cfg.denoiser_process != "mask"):
+    has_planner = cfg.nets in ("pair", "trunk")
+    if cfg.freeze_denoiser and not (has_planner and cfg.denoiser_process == "mask"):
         raise SystemExit(
             "freeze_denoiser needs denoiser_process = mask, and a planner to be trained: nets = "
             "pair or trunk"

@@ -89,6 +89,8 @@ def method_name(config: dict[str, Any]) -> str:
         return "ddpd-single"
     if config["nets"] == "trunk":
         return "ddpd-trunk"
+    if config["nets"] == "denoiser":
+        return "masked"
     return "ddpd-mask" if config["denoiser_process"] == "mask" else "ddpd-uniform"
 
 
@@ -131,8 +133,8 @@ def tasks_of_single(spec, x0, t, label, known, generator):
     return objectives.single_tasks(x0, t, label, spec.noise, generator, known)
 
 
-def tasks_of_trunk(spec, x0, t, label, known, generator):
-    """The planner's task needs fills, and is added by with_planner_on_fills."""
+def tasks_of_masks(spec, x0, t, label, known, generator):
+    """The task of a planner on the trunk needs fills, and is added by with_planner_on_fills."""
     return {"denoiser": objectives.denoiser_task(x0, t, label, spec.noise, generator, known)}
 
 
@@ -349,6 +351,11 @@ def rollout_together(spec, nets, x, label, **options):
 PLANNED = Sampler(samplers.ddpd, planned_denoising, p_noise_after=after_planned)
 ANCESTRAL = Sampler(samplers.ancestral, ancestral("others"))
 ANCESTRAL_OF_X0 = Sampler(samplers.ancestral, ancestral("self"))
+OF_MASKS = {
+    "ancestral": ANCESTRAL,
+    "confidence": Sampler(samplers.confidence, maskgit),
+    "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
+}
 
 METHODS = {
     # planner of uniform noise, and denoiser of masks: it can count them, and is told no t
@@ -359,9 +366,7 @@ METHODS = {
         bounds=likelihood.masked_bound,
         samplers={
             "ddpd": PLANNED,
-            "ancestral": ANCESTRAL,
-            "confidence": Sampler(samplers.confidence, maskgit),
-            "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
+            **OF_MASKS,
             "p2": Sampler(samplers.p2, path_planned, p_noise_after=after_planned),
         },
     ),
@@ -369,18 +374,24 @@ METHODS = {
     "ddpd-trunk": Method(
         networks={"denoiser": False, "planner": False},
         process=lambda config: "mask",
-        tasks=tasks_of_trunk,
+        tasks=tasks_of_masks,
         bounds=likelihood.masked_bound,
         samplers={
             "planned": Sampler(
                 samplers.planned, planned_remasking, p_noise_after=after_planned_remasking
             ),
-            "ancestral": ANCESTRAL,
-            "confidence": Sampler(samplers.confidence, maskgit),
-            "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
+            **OF_MASKS,
             "p2": Sampler(samplers.p2, path_planned, p_noise_after=after_planned_remasking),
         },
         has_trunk=True,
+    ),
+    # masked diffusion: that denoiser alone
+    "masked": Method(
+        networks={"denoiser": False},
+        process=lambda config: "mask",
+        tasks=tasks_of_masks,
+        bounds=likelihood.masked_bound,
+        samplers=OF_MASKS,
     ),
     # planner and denoiser on the same noise without masks
     "ddpd-uniform": Method(

@@ -113,7 +113,7 @@ def cost_of_step(
 
     logits = 0
     for net in nets.values():
-        n_logits = min(n_loss_tokens(net, nets, batch_size), chunk_size(net))
+        n_logits = min(n_loss_tokens(spec, net, batch_size), chunk_size(net))
         # logits, their log-softmax, its gradient
         logits = max(logits, 3 * 4 * n_logits * net.head.out_features)
     # one network at a time
@@ -140,10 +140,11 @@ def cost_on_gpu(spec: methods.Spec, batch_size: int) -> Cost:
         )
 
 
-def n_loss_tokens(net: model.Transformer, nets: dict[str, model.Transformer], batch: int) -> int:
+def n_loss_tokens(spec: methods.Spec, net: model.Transformer, batch: int) -> int:
     """Tokens that enter a network's loss: half of them where a denoiser learns noise alone."""
-    is_noise_only = net.role == "denoiser" and "planner" in nets
-    return batch * net.shape.n_tokens // (2 if is_noise_only else 1)
+    learns_noise = "planner" in spec.method.networks or spec.noise.only_masks
+    is_half = net.role == "denoiser" and learns_noise
+    return batch * net.shape.n_tokens // (2 if is_half else 1)
 
 
 def flops_of_block(shape: model.Shape) -> int:
@@ -159,7 +160,7 @@ def flops_of_step(spec: methods.Spec, nets: dict[str, model.Transformer], batch:
     flops = 0
     for net in nets.values():
         flops += batch * net.shape.n_layer * flops_of_block(shape)
-        flops += 2 * n_loss_tokens(net, nets, batch) * net.head.weight.numel()
+        flops += 2 * n_loss_tokens(spec, net, batch) * net.head.weight.numel()
         if net.unpatch is not None:
             flops += 2 * batch * shape.n_patches * net.unpatch.weight.numel()
     passes = methods.passes_to_fill(spec)

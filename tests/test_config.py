@@ -201,7 +201,7 @@ def test_help_shows_the_comment_of_every_field(name):
     [
         ("batch_sise = 8", "line 1: unknown key batch_sise; did you mean batch_size?"),
         ("seed = 1\nbatch_size = 'many'", "line 2: batch_size is 'many', not int"),
-        ("nets = 'three'", "not one of pair, trunk, single"),
+        ("nets = 'three'", "not one of pair, trunk, denoiser, single"),
         ("compile = 1", "not bool"),
         ("seed = 1.5", "not int"),
         ("import os", "assignments only"),

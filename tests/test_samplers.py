@@ -789,6 +789,7 @@ def test_a_misfit_of_sampler_and_method_is_refused(method, sampler):
     fitting = {
         "ddpd-mask": ["ddpd", "ancestral", "confidence", "remdm", "p2"],
         "ddpd-trunk": ["planned", "ancestral", "confidence", "remdm", "p2"],
+        "masked": ["ancestral", "confidence", "remdm"],
         "ddpd-uniform": ["ddpd", "ancestral"],
         "ddpd-single": ["ddpd", "ancestral"],
         "gidd": ["ancestral", "self_correct"],
@@ -803,7 +804,9 @@ def test_a_misfit_of_sampler_and_method_is_refused(method, sampler):
             methods.find_sampler(spec, sampler)
 
 
-@pytest.mark.parametrize("name", ["ddpd-mask", "ddpd-uniform", "ddpd-single", "gidd", "forcing"])
+@pytest.mark.parametrize("name", [
+    "ddpd-mask", "masked", "ddpd-uniform", "ddpd-single", "gidd", "forcing",
+])
 def test_networks_that_are_not_numbers_are_refused(name, rng):
     """NaN logits of any network end every sampler by name."""
     flags = dict(noise_granularity="token") if name == "forcing" else {}

@@ -351,6 +351,7 @@ def test_tall_texts_are_fewer_in_a_video(book, length, n_shown):
 TEXT_META = meta_of(256, [1, 24], 0, palette="text")
 METHODS = {
     "ddpd": [],
+    "masked": ["--nets", "denoiser"],
     "uniform": ["--denoiser-process", "uniform"],
     "single": ["--nets", "single", "--denoiser-process", "uniform"],
     "gidd": ["--method", "gidd"],

@@ -382,11 +382,13 @@ def test_validation_asks_about_fills():
 # A frozen denoiser
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("trunk", ("--nets", "trunk")), ("pair", ("--on-policy", 0.5)),
+@pytest.mark.parametrize("name, flags, first_flags", [
+    ("trunk", ("--nets", "trunk"), ()),
+    ("after_masked", ("--nets", "trunk"), ("--nets", "denoiser")),
+    ("pair", ("--on-policy", 0.5), ()),
 ])
-def test_a_frozen_denoiser_does_not_move_by_a_bit(name, flags):
-    train_ddpd.main(tiny("first", "--max-iters", 4))
+def test_a_frozen_denoiser_does_not_move_by_a_bit(name, flags, first_flags):
+    train_ddpd.main(tiny("first", "--max-iters", 4, *first_flags))
     first = checkpoint_of("first")["ema"]["denoiser"]
     args = [*flags, "--freeze-denoiser", "out/first", "--max-iters", 6, "--lr-decay-iters", 6]
     train_ddpd.main(tiny(name, *args))
@@ -429,7 +431,10 @@ def test_misfits_are_refused_by_name():
     (["--nets", "trunk", "--on-policy", "0.5"], "on_policy = 0.5 needs nets = pair"),
     (["--planner-layers", "3"], "planner_layers = 3 needs nets = trunk"),
     (["--fill-label", "written"], "fill_label = written needs fills"),
+    (["--nets", "denoiser", "--denoiser-process", "uniform"], "nets = denoiser needs"),
+    (["--nets", "denoiser", "--on-policy", "0.5"], "on_policy = 0.5 needs nets = pair"),
     (["--freeze-denoiser", "x", "--denoiser-process", "uniform"], "freeze_denoiser needs"),
+    (["--freeze-denoiser", "x", "--nets", "denoiser"], "freeze_denoiser needs"),
     (["--freeze-denoiser", "x", "--init-from", "y"], "give one"),
     (["--method", "gidd", "--freeze-denoiser", "x"], "freeze_denoiser"),
 ])

@@ -149,6 +149,7 @@ def marginal(probs, t, noise):
 METHOD_FLAGS = {
     "ddpd-mask": dict(denoiser_process="mask"),
     "ddpd-trunk": dict(nets="trunk"),
+    "masked": dict(nets="denoiser"),
     "ddpd-uniform": dict(denoiser_process="uniform"),
     "ddpd-single": dict(nets="single", denoiser_process="uniform"),
     "gidd": dict(method="gidd"),
