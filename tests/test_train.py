@@ -388,6 +388,20 @@ def test_the_dry_runs_activations_are_those_of_a_step(dtype):
     assert cost.bytes["activations"] == pytest.approx(n_bytes, rel=0.1)
 
 
+def test_masked_diffusion_takes_a_pairs_work_but_the_planners():
+    """The loss of a mask denoiser is on half of the tokens, with a planner beside it or without."""
+    flops = {}
+    for nets in ("pair", "denoiser", "trunk"):
+        cfg = tiny("flops", "--nets", nets, "--vocab", 50, "--grid", 8, 8)
+        spec = spec_of(cfg, training.stated_meta(cfg))
+        networks = methods.build(spec)
+        flops[nets] = diagnostics.flops_of_step(spec, networks, 4)
+        planner_head = 2 * 4 * spec.shape.n_tokens * spec.shape.n_embd
+    blocks = 3 * 4 * spec.shape.n_layer * diagnostics.flops_of_block(spec.shape)
+    assert flops["pair"] - flops["denoiser"] == blocks + 3 * planner_head
+    assert flops["denoiser"] < flops["trunk"]
+
+
 def said_of_gpu(capsys, *flags):
     stated = ["--data", "imagenet", "--vocab", 1000, "--n-classes", 7, "--grid", 16, 16]
     train_ddpd.main(tiny_config("gpu", *stated, "--max-iters", 1000, "--dry-run", *flags))

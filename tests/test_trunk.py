@@ -388,9 +388,10 @@ def test_validation_asks_about_fills():
     ("pair", ("--on-policy", 0.5), ()),
 ])
 def test_a_frozen_denoiser_does_not_move_by_a_bit(name, flags, first_flags):
-    train_ddpd.main(tiny("first", "--max-iters", 4, *first_flags))
-    first = checkpoint_of("first")["ema"]["denoiser"]
-    args = [*flags, "--freeze-denoiser", "out/first", "--max-iters", 6, "--lr-decay-iters", 6]
+    source = f"first_of_{name}"
+    train_ddpd.main(tiny(source, "--max-iters", 4, *first_flags))
+    first = checkpoint_of(source)["ema"]["denoiser"]
+    args = [*flags, "--freeze-denoiser", f"out/{source}", "--max-iters", 6, "--lr-decay-iters", 6]
     train_ddpd.main(tiny(name, *args))
     second = checkpoint_of(name)
     for part in ("nets", "ema"):
