@@ -78,34 +78,34 @@ class Stage(NamedTuple):
     options: dict[str, Any]
 
 
-def plan_stages(row: str, judged: Judged, nfe: int, flags: Flags) -> list[Stage]:
-    """The sampler, and self-correction after it where asked for."""
+def plan_stages(name: str, judged: Judged, nfe: int, flags: Flags) -> list[Stage]:
+    """The sampler, and self-correction after it where asked for; steps follow from the budget."""
     spec = judged.spec
-    sampler, variant = VARIANTS.get(row, (row, {}))
+    sampler, variant = VARIANTS.get(name, (name, {}))
     given = flags.sampler_options()
 
-    def options_for(name):
-        known = methods.options_of(methods.find_sampler(spec, name))
+    def options_for(sampler):
+        known = methods.options_of(methods.find_sampler(spec, sampler))
         return {option: value for option, value in given.items() if option in known}
 
     options = options_for(sampler) | variant
     if "temperature_end" in variant:
         options["temperature_end"] = variant["temperature_end"] * given.get("temperature", 1.0)
-    options["n_steps"] = n_steps_of(row, judged, nfe, flags)
+    options["n_steps"] = n_steps_of(name, judged, nfe, flags)
     if spec.is_video:
         options["frames"] = judged.n_frames(flags)
-    stages = [Stage(row, sampler, options)]
+    stages = [Stage(name, sampler, options)]
     if flags.correct and "self_correct" in spec.method.samplers:
         options = options_for("self_correct") | dict(n_steps=flags.correct)
         options.pop("temperature", None)                # it has one of its own
-        stages.append(Stage(f"{row}+correct", "self_correct", options))
+        stages.append(Stage(f"{name}+correct", "self_correct", options))
     return stages
 
 
-def settings_of(judged: Judged, row: str, nfe: int, seed: int, flags: Flags) -> str:
+def settings_of(judged: Judged, name: str, nfe: int, seed: int, flags: Flags) -> str:
     """All that a row depends on, as JSON: rows with equal settings are not drawn again."""
     settings = dict(it=judged.run.it, weights=judged.run.digest[:HASH_CHARS])
-    settings |= dict(sampler=row, nfe=nfe, seed=seed, n_samples=flags.n)
+    settings |= dict(sampler=name, nfe=nfe, seed=seed, n_samples=flags.n)
     settings |= dict(correct=flags.correct, **flags.sampler_options())
     if judged.spec.is_video:
         settings |= dict(frames=flags.frames, context_frames=flags.n_given)
@@ -134,21 +134,21 @@ class Drawn(NamedTuple):
     """The samples of a stage."""
     stage: Stage
     tokens: np.ndarray          # (n, N)
-    nfe: float                  # network calls of each sample, of all stages so far
+    nfe: float                  # mean network calls of a sample, of all stages so far
     seconds: float              # for each sample, likewise
 
 
 def evaluate(
-    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
+    judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
 ) -> list[dict[str, Any]]:
     """One row of the table, and one more where samples are corrected afterwards."""
     alone = runtime.World(0, 1, judged.run.device)
-    drawn = draw_stages(judged, row, nfe, seed, flags, alone)
-    return judge(judged, row, nfe, seed, flags, bits, drawn)
+    drawn = draw_stages(judged, name, nfe, seed, flags, alone)
+    return judge(judged, name, nfe, seed, flags, bits, drawn)
 
 
 def draw_stages(
-    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, world: runtime.World,
+    judged: Judged, name: str, nfe: int, seed: int, flags: Flags, world: runtime.World,
 ) -> list[Drawn]:
     """Draw the samples of a row, by all processes; those that RUN/samples has are not drawn again.
     """
@@ -157,7 +157,7 @@ def draw_stages(
     words = [f"flips{flags.flips:g}"] if flags.flips else []
     total_nfe = total_s = 0.0
     drawn = []
-    for stage in plan_stages(row, judged, nfe, flags):
+    for stage in plan_stages(name, judged, nfe, flags):
         request = sampling.Request(stage.sampler, stage.options, seed, labels, tokens, known)
         folder = run.folder / "samples" / sampling.folder_name(request, *words)
         if flags.again and world.is_main:
@@ -173,18 +173,19 @@ def draw_stages(
 
 
 def judge(
-    judged: Judged, row: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
+    judged: Judged, name: str, nfe: int, seed: int, flags: Flags, bits: Bits | None,
     drawn: list[Drawn],
 ) -> list[dict[str, Any]]:
     """A row of the table for each stage."""
     spec, run = judged.spec, judged.run
     labels, real, _, _ = judged.held_out(flags)
+    guidance = 1.0 if flags.guidance is None else flags.guidance
     rows = []
     for stage, tokens, total_nfe, total_s in drawn:
         out = dict(
             run=str(run.folder), it=run.it, train_seed=spec.config["seed"], sampler=stage.name,
             steps=drawn[0].stage.options["n_steps"], nfe=round(total_nfe, 2),
-            guidance=flags.guidance or 1.0, s_per_sample=round(total_s, 4), n=len(labels),
+            guidance=guidance, s_per_sample=round(total_s, 4), n=len(labels),
             seed=seed,
         )
         if spec.is_video:
@@ -202,13 +203,13 @@ def judge(
         out |= bits_columns(bits)
         out |= dict(
             commit=runtime.commit(), device=runtime.device_name(run.device),
-            settings=settings_of(judged, row, nfe, seed, flags),
+            settings=settings_of(judged, name, nfe, seed, flags),
         )
         rows.append(out)
         if isinstance(judged.metrics, metrics.PictureMetrics):
             draw_neighbours(judged, stage.name, nfe, tokens, labels)
         if flags.decoder:
-            stem = f"{stage.name}_{nfe}_seed{seed}_guidance{flags.guidance or 1:g}"
+            stem = f"{stage.name}_{nfe}_seed{seed}_guidance{guidance:g}"
             write_images(judged, stem, tokens)
     return rows
 
@@ -289,12 +290,7 @@ def check_run(judged: Judged, names: list[str], budgets: tuple[int, ...], flags:
     spec = judged.spec
     if not os.access(judged.run.folder, os.W_OK):
         raise SystemExit(f"{judged.run.folder} is not writable: evaluate.csv belongs there")
-    is_guided = any(scale not in (None, 1) for scale in (flags.guidance, flags.planner_guidance))
-    if is_guided and not (spec.config["label_dropout"] and spec.n_classes):
-        raise SystemExit(
-            f"{judged.run.folder} was trained without labels or their dropout: "
-            "nothing to guide away from"
-        )
+    sampling.refuse_idle_guidance(flags, spec, judged.run.folder)
     known_options = set()
     for name in names:
         with runtime.one_line_errors(ValueError):

@@ -1,7 +1,8 @@
 """One table of methods: networks, noise, what they learn, likelihood bounds, samplers that fit.
 
 A new method is a loss, a sampler, a row of METHODS and a config. A new sampler is its function in
-diffusion/samplers.py or unmasking.py and an entry in `samplers` of the methods that it fits.
+diffusion/samplers.py or unmasking.py and an entry in `samplers` of the methods that it fits; new
+options of it are also flags, in config.py.
 """
 
 import inspect
@@ -28,24 +29,32 @@ def no_noise(spec, nets, last, label, **options):
     return torch.zeros_like(last.p_noise)
 
 
+def own_noise(noise: Noise) -> Noise:
+    """Of samplers that start from what the denoiser was trained on."""
+    return noise
+
+
 class Sampler(NamedTuple):
     """A sampler as a method uses it.
 
-    `call` gets n_steps, generator, known and null_label besides the user's options, and as x the
-    pure noise of the method's process. The last State must hold no masks.
+    `call` gets n_steps, generator, known and null_label besides the user's options, and x where it
+    starts. The last State must hold no masks.
     """
     function: Callable                  # its keyword arguments are the options of a user
     call: Callable                      # (spec, nets, x, label, **options) -> yields State
     more_options: tuple[str, ...] = ()  # further options, which `call` reads itself
+    # the method's Noise -> the Noise at whose level 1 x is drawn; None: x is finished tokens
+    prior: Callable | None = own_noise
     # (spec, nets, last State, label, **options) -> P(noise) of the finished tokens (B, N)
     p_noise_after: Callable = no_noise
 
 
 class Method(NamedTuple):
-    networks: dict[str, bool]           # name -> is it told the noise level t?
+    # name -> is it told the noise level t?  In building order: a trunk before its planner
+    networks: dict[str, bool]
     process: Callable                   # config -> the forward process of the denoiser's noise
     tasks: Callable                     # (spec, x0, t, label, known, generator) -> {network: Task}
-    bounds: Callable                    # one of likelihood.*_bound
+    bounds: Callable                    # (nets, batch) -> {bound: nats (B, N)}: of likelihood.py
     samplers: dict[str, Sampler]        # name -> how; the first is the default
     has_own_levels: bool = False        # a noise level for each frame or token; sampled by rollouts
     has_trunk: bool = False             # the planner reads the denoiser's residual, learns on fills
@@ -58,7 +67,7 @@ class Spec(NamedTuple):
     name: str                           # of the method, a row of METHODS
     method: Method
     noise: Noise                        # the denoiser's
-    shape: model.Shape                  # of the networks: shape_of
+    shape: model.Shape                  # of the networks: shape_of_network
 
     @property
     def grid(self) -> list[int]:
@@ -109,13 +118,13 @@ def build(spec: Spec) -> dict[str, model.Transformer]:
     nets = {}
     for name, t_conditioned in spec.method.networks.items():
         if spec.method.has_trunk and name == "planner":
-            nets[name] = model.TrunkPlanner(shape_of(spec, name), nets["denoiser"])
+            nets[name] = model.TrunkPlanner(shape_of_network(spec, name), nets["denoiser"])
         else:
             nets[name] = model.Transformer(spec.shape, name, t_conditioned)
     return nets
 
 
-def shape_of(spec: Spec, network: str) -> model.Shape:
+def shape_of_network(spec: Spec, network: str) -> model.Shape:
     """The run's shape; a planner on the denoiser's trunk has its own number of blocks."""
     if spec.method.has_trunk and network == "planner":
         return replace(spec.shape, n_layer=spec.config["planner_layers"])
@@ -168,7 +177,7 @@ def make_tasks(
 
     x0 (B, N), label (B,), known (B, N) bool or None, t (B, 1), drawn here where it is None
     """
-    if t is None:
+    if t is None:                       # forcing draws its own levels after these
         t = stratified_t(len(x0), generator)
     return spec.method.tasks(spec, x0, t, label, known, generator)
 
@@ -218,17 +227,15 @@ def with_planner_on_fills(
     """Let the planner learn on the denoiser's fills, in a share of its rows; a planner on the trunk
     in all rows, whose fills may still hold masks.  Other arguments as of fill_masks
     """
-    n = len(x0)
-    if not spec.method.has_trunk:
-        n = int(share * n + torch.rand((), generator=generator))
-    of_rows = (None if y is None else y[:n] for y in (x0, t, label, known))
-    fill = fill_masks(
-        spec, denoiser, *of_rows, generator, device, to_the_end=not spec.method.has_trunk
-    )
     fill_label = spec.config["fill_label"]
+    rows = (x0, t, label, known)
     if spec.method.has_trunk:
+        fill = fill_masks(spec, denoiser, *rows, generator, device, to_the_end=False)
         task = objectives.fill_task(x0, t, label, fill, fill_label, spec.vocab, known)
     else:
+        n = int(share * len(x0) + torch.rand((), generator=generator))  # right on average
+        first_rows = (None if y is None else y[:n] for y in rows)
+        fill = fill_masks(spec, denoiser, *first_rows, generator, device)
         task = objectives.with_fills(tasks["planner"], x0, fill, fill_label)
     return {**tasks, "planner": task}
 
@@ -251,14 +258,14 @@ def bits_per_token(
 # How each method is sampled
 
 
-def planned_denoising(spec, nets, x, label, **options):
+def ddpd(spec, nets, x, label, **options):
     return samplers.ddpd(
         nets.get("planner"), nets["denoiser"], x, label, denoiser_process=spec.noise.process,
         vocab=spec.vocab, **options,
     )
 
 
-def after_planned(spec, nets, last, label, **options):
+def p_noise_by_planner(spec, nets, last, label, **options):
     names = ("known", "guidance", "planner_guidance", "null_label")
     own = {name: options[name] for name in names if name in options}
     return samplers.p_noise_after(
@@ -267,16 +274,16 @@ def after_planned(spec, nets, last, label, **options):
     )
 
 
-def path_planned(spec, nets, x, label, **options):
+def p2(spec, nets, x, label, **options):
     return samplers.p2(nets["planner"], nets["denoiser"], x, label, vocab=spec.vocab, **options)
 
 
-def planned_remasking(spec, nets, x, label, **options):
+def planned(spec, nets, x, label, **options):
     both = nets["planner"].both
     return samplers.planned(nets["denoiser"], both, x, label, vocab=spec.vocab, **options)
 
 
-def after_planned_remasking(spec, nets, last, label, *, known=None, **options):
+def p_noise_by_trunk(spec, nets, last, label, *, known=None, **options):
     t = torch.full((len(label), 1), T_MIN, device=label.device)
     p_noise = nets["planner"](last.x, t, label).sigmoid()
     return p_noise if known is None else p_noise.masked_fill(known, 0)
@@ -289,13 +296,11 @@ def ancestral(kind):
     return call
 
 
-def from_masks(sampler):
-    def call(spec, nets, x, label, **options):
-        return sampler(nets["denoiser"], x, label, vocab=spec.vocab, **options)
-    return call
+def remdm(spec, nets, x, label, **options):
+    return samplers.remdm(nets["denoiser"], x, label, vocab=spec.vocab, **options)
 
 
-def maskgit(spec, nets, x, label, **options):
+def confidence(spec, nets, x, label, **options):
     return samplers.confidence(
         nets["denoiser"], x, label, vocab=spec.vocab, grid=spec.grid, **options
     )
@@ -307,7 +312,7 @@ def self_correct(spec, nets, x, label, **options):
     )
 
 
-def after_self_correct(spec, nets, last, label, **options):
+def p_noise_in_one_more_step(spec, nets, last, label, **options):
     """What the network says in one more step, whose tokens are dropped."""
     generator = torch.Generator(last.x.device)
     further = self_correct(
@@ -348,13 +353,15 @@ def rollout_together(spec, nets, x, label, **options):
     return rollout(spec, nets, x, label, lag=0, **options)
 
 
-PLANNED = Sampler(samplers.ddpd, planned_denoising, p_noise_after=after_planned)
+DDPD = Sampler(
+    samplers.ddpd, ddpd, p_noise_after=p_noise_by_planner, prior=Noise.without_masks
+)
 ANCESTRAL = Sampler(samplers.ancestral, ancestral("others"))
 ANCESTRAL_OF_X0 = Sampler(samplers.ancestral, ancestral("self"))
 OF_MASKS = {
     "ancestral": ANCESTRAL,
-    "confidence": Sampler(samplers.confidence, maskgit),
-    "remdm": Sampler(samplers.remdm, from_masks(samplers.remdm)),
+    "confidence": Sampler(samplers.confidence, confidence),
+    "remdm": Sampler(samplers.remdm, remdm),
 }
 
 METHODS = {
@@ -365,9 +372,9 @@ METHODS = {
         tasks=tasks_of_pair,
         bounds=likelihood.masked_bound,
         samplers={
-            "ddpd": PLANNED,
+            "ddpd": DDPD,
             **OF_MASKS,
-            "p2": Sampler(samplers.p2, path_planned, p_noise_after=after_planned),
+            "p2": Sampler(samplers.p2, p2, p_noise_after=p_noise_by_planner),
         },
     ),
     # denoiser of masks, and a planner on its last residual that knows the denoiser's mistakes
@@ -378,10 +385,10 @@ METHODS = {
         bounds=likelihood.masked_bound,
         samplers={
             "planned": Sampler(
-                samplers.planned, planned_remasking, p_noise_after=after_planned_remasking
+                samplers.planned, planned, p_noise_after=p_noise_by_trunk
             ),
             **OF_MASKS,
-            "p2": Sampler(samplers.p2, path_planned, p_noise_after=after_planned_remasking),
+            "p2": Sampler(samplers.p2, p2, p_noise_after=p_noise_by_trunk),
         },
         has_trunk=True,
     ),
@@ -399,7 +406,7 @@ METHODS = {
         process=lambda config: config["denoiser_process"],
         tasks=tasks_of_pair,
         bounds=likelihood.pair_bounds,
-        samplers={"ddpd": PLANNED, "ancestral": ANCESTRAL},
+        samplers={"ddpd": DDPD, "ancestral": ANCESTRAL},
     ),
     # one x0-prediction, from which planner and denoiser are derived
     "ddpd-single": Method(
@@ -407,7 +414,7 @@ METHODS = {
         process=lambda config: config["denoiser_process"],
         tasks=tasks_of_single,
         bounds=likelihood.single_bounds,
-        samplers={"ddpd": PLANNED, "ancestral": ANCESTRAL_OF_X0},
+        samplers={"ddpd": DDPD, "ancestral": ANCESTRAL_OF_X0},
     ),
     # one denoiser of masks and uniform noise, which can also correct finished sequences
     "gidd": Method(
@@ -418,7 +425,8 @@ METHODS = {
         samplers={
             "ancestral": ANCESTRAL,
             "self_correct": Sampler(
-                samplers.self_correct, self_correct, p_noise_after=after_self_correct
+                samplers.self_correct, self_correct, p_noise_after=p_noise_in_one_more_step,
+                prior=None,
             ),
         },
     ),
@@ -446,7 +454,7 @@ def find_sampler(spec: Spec, name: str) -> Sampler:
 
 
 def options_of(sampler: Sampler) -> list[str]:
-    """Names of the options that a user may set."""
+    """Names of a sampler's parameters, the options that a user may set among them."""
     names = [*inspect.signature(sampler.function).parameters, *sampler.more_options]
     return [*names, *DECODING_NAMES] if "decoding" in names else names
 
@@ -480,14 +488,18 @@ def starting_tokens(
     spec: Spec, label: Tensor, generator: Random, sampler: str,
     known: Tensor | None = None, known_tokens: Tensor | None = None, frames: int = 0,
 ) -> Tensor:
-    """Where sample() starts: the sampler's pure noise around what is known.  -> (B, N)"""
-    if sampler == "self_correct":
+    """Where sample() starts: the sampler's pure noise around what is known, or finished tokens.
+
+    -> (B, N)
+    """
+    prior = find_sampler(spec, sampler).prior
+    if prior is None:
+        if known_tokens is None:
+            raise ValueError(f"sampler {sampler} starts from finished tokens: give known_tokens")
         return known_tokens
     grid = [frames or spec.grid[0], *spec.grid[1:]] if spec.is_video else spec.grid
     shape = (len(label), math.prod(grid))
-    is_planned = sampler == "ddpd"                      # the planner's noise has no masks
-    prior = spec.noise.without_masks() if is_planned else spec.noise
-    x = prior.sample_prior(shape, generator, label.device)
+    x = prior(spec.noise).sample_prior(shape, generator, label.device)
     return x if known is None else torch.where(known, known_tokens, x)
 
 

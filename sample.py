@@ -97,7 +97,8 @@ class Stage(NamedTuple):
         options = dict(self.options)
         n_steps = options.pop("n_steps")
         steps = f"{n_steps} step{'s' * (n_steps != 1)}"
-        steps += " a frame" * (is_video and self.sampler == "rollout")
+        if is_video and self.sampler == "rollout":
+            steps += " a frame"
         words = [f"{name.replace('_', ' ')} {value}" for name, value in options.items()]
         return [self.sampler, steps, *words]
 
@@ -105,7 +106,7 @@ class Stage(NamedTuple):
 def plan_stages(flags: Flags, spec: methods.Spec) -> list[Stage]:
     """Each option goes to the stages that have it; one that none has is refused."""
     sampler = flags.sampler or next(iter(spec.method.samplers))
-    names = [sampler, *["self_correct"] * (flags.correct > 0)]
+    names = [sampler, "self_correct"] if flags.correct > 0 else [sampler]
     with runtime.one_line_errors(ValueError):
         known_options = {
             name: methods.options_of(methods.find_sampler(spec, name)) for name in names
@@ -224,7 +225,9 @@ def write_files(
         text = load_text(run.folder, spec.meta)
         for i, sequence in enumerate(tokens.reshape(len(tokens), -1)[:N_PRINTED]):
             print(f"--- sample {i}\n{text.to_str(sequence)}")
-    print(f"wrote {', '.join(names)} in {folder}" + ", and png/" * flags.png)
+    if flags.png:
+        names.append("png/")
+    print(f"wrote {', '.join(names)} in {folder}")
 
 
 def write_pngs(
@@ -257,11 +260,7 @@ def write_missing_pngs(folder: Path, n: int, write: typing.Callable) -> None:
 def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
     """Refuse what the run cannot do.  -> flags with n_steps filled in"""
     is_video_rollout = spec.is_video and spec.method.has_own_levels
-    is_guided = any(scale not in (None, 1) for scale in (flags.guidance, flags.planner_guidance))
-    if is_guided and not (spec.config["label_dropout"] and spec.n_classes):
-        raise SystemExit(
-            f"{flags.run} was trained without labels or their dropout: nothing to guide away from"
-        )
+    sampling.refuse_idle_guidance(flags, spec, flags.run)
     if flags.frames and not is_video_rollout:
         raise SystemExit("--frames is a number of a video's frames, for forcing runs")
     if flags.n_given < 0 or (flags.context_frames is not None and not spec.is_video):
@@ -279,14 +278,17 @@ def check_flags(flags: Flags, spec: methods.Spec) -> Flags:
     return flags
 
 
+def n_tiles_of(spec: methods.Spec, start: Start, decoder) -> int:
+    """Pictures of each sample in a video: tokens, the planner's map, and truth or decoded tokens.
+    """
+    has_third = start.real is not None or (decoder is not None and not is_text(spec.meta))
+    return 3 if has_third else 2
+
+
 def check_scale(flags: Flags, spec: methods.Spec, start: Start, decoder) -> None:
     """Refuse, before anything is sampled, a --scale at which the pictures are too large."""
     is_alone = flags.n_video == 0 or (spec.is_video and spec.method.has_own_levels)
-    has_third = start.real is not None or decoder is not None
-    if is_alone:
-        n_tiles = 1
-    else:
-        n_tiles = 3 if has_third else 2                 # tokens, planner's map, truth or picture
+    n_tiles = 1 if is_alone else n_tiles_of(spec, start, decoder)
     blank = np.zeros((1, *start.grid), np.int64)
     pictures.pictures(blank, spec.meta, decoder, flags.scale, n_tiles)
 
@@ -297,8 +299,7 @@ def n_in_video(flags: Flags, spec: methods.Spec, start: Start, decoder) -> int:
     is_rollout = spec.is_video and spec.method.has_own_levels
     if flags.n_video is not None or is_rollout:
         return n
-    has_third = start.real is not None or (decoder is not None and not is_text(spec.meta))
-    n_tiles = 3 if has_third else 2
+    n_tiles = n_tiles_of(spec, start, decoder)
     blank = pictures.in_lines(np.zeros((1, *start.grid), np.int64), spec.meta)
     [tile] = pictures.pictures(blank, spec.meta, decoder, flags.scale, n_tiles)
     return videos.n_that_fit(n, tile, n_tiles)

@@ -147,7 +147,9 @@ def train(
         signal = stop.requested()
         if is_last or training.it % cfg.log_interval == 0:
             epochs = batches.epochs(training.it)
-            bar.set_postfix_str(log_losses(cfg, training.it, epochs, meter, clock, log))
+            # by all processes: means are over all of them
+            words = log_losses(cfg, training.it, epochs, meter, clock, log)
+            bar.set_postfix_str(words)
         if signal or is_last or is_due(training.it, cfg.save_interval):
             meter.raise_if_nonfinite()
             if not save(cfg, spec, training, world) and (signal or is_last):
@@ -194,7 +196,7 @@ def is_due(it: int, interval: int) -> bool:
 def log_losses(
     cfg: config.Config, it: int, epochs: float, meter: LossMeter, clock: Clock, log: logs.Log,
 ) -> str:
-    """Write a line of log.jsonl.  -> the same in words, for the bar"""
+    """Write the means since the last call into log.jsonl; refuses NaN.  -> losses in words"""
     means = meter.mean()
     rate = clock.tokens_per_s(it)
     losses = {f"{name}_loss": round(value, 5) for name, value in means.items()}

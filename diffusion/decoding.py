@@ -12,10 +12,11 @@ from diffusion.randomness import Random, exponential, of_rows, uniform
 
 
 class State(NamedTuple):
+    """A step of a sampler: x is after it, p_noise is of the tokens before it."""
     x: Tensor                   # (B, N) tokens after the step
-    p_noise: Tensor             # (B, N) in [0, 1]: P(noise), without a planner 1 at masks
+    p_noise: Tensor             # (B, N) in [0, 1]: P(noise) before it; without a planner 1 at masks
     written: Tensor             # (B, N) bool: sites written in this step, or tokens that changed
-    t: Tensor                   # (B,) noise level that the denoiser was given
+    t: Tensor                   # (B,) noise level before the step; rollouts: a mean over tokens
     nfe: Tensor                 # (B,) network calls so far
 
 
@@ -120,11 +121,36 @@ def gather_at(probs: Tensor, x: Tensor) -> Tensor:
     return probs.gather(-1, ids)[..., 0]
 
 
+class Sites(NamedTuple):
+    """Where a mask (B, N) is true, row by row."""
+    rows: Tensor                # (b,) the rows that have any
+    index: Tensor               # (b, K) where; rows with fewer than K are padded by other positions
+    is_site: Tensor             # (b, K) bool, False at the padding
+
+    def write(self, x: Tensor, values: Tensor) -> Tensor:
+        """x (B, N) with values (n,) at the sites."""
+        old = x[self.rows]
+        at_index = old.gather(1, self.index)
+        at_index[self.is_site] = values
+        return x.index_copy(0, self.rows, old.scatter(1, self.index, at_index))
+
+
+def sites_of(where: Tensor) -> Sites:
+    """(B, N) bool"""
+    n_sites = where.sum(1, keepdim=True)
+    rows = n_sites[:, 0].nonzero()[:, 0]
+    n_sites = n_sites[rows]
+    n_most = int(n_sites.max()) if len(rows) else 0
+    index = where[rows].int().topk(n_most).indices
+    is_site = torch.arange(n_most, device=where.device) < n_sites
+    return Sites(rows, index, is_site)
+
+
 class Draw(NamedTuple):
     x: Tensor                   # (B, N) with new tokens at the sites asked for
     p: Tensor                   # (B, N) probability of what was drawn, 0 elsewhere
     entropy: Tensor             # (B, N) nats of the law it was drawn from, 0 elsewhere or unasked
-    calls: Tensor               # (B,) network calls of each row, 0 where it has no site
+    calls: Tensor               # (B,) network calls of each row, 0 without sites or with logits
 
 
 def sample_at(
@@ -139,35 +165,25 @@ def sample_at(
     p = torch.zeros(x.shape, device=x.device)
     entropy = torch.zeros(x.shape, device=x.device)
     calls = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    n_sites = where.sum(1, keepdim=True)
-    rows = n_sites[:, 0].nonzero()[:, 0]                                # (b,) that have any
+    sites = sites_of(where)
+    rows, index, is_site = sites
     if len(rows) == 0:
         return Draw(x, p, entropy, calls)
-    n_sites = n_sites[rows]
-    n_most = int(n_sites.max())
-    sites = where[rows].int().topk(n_most).indices      # (b, K), a row's own first, then any others
-    is_site = torch.arange(n_most, device=x.device) < n_sites           # (b, K) bool
     if logits is None:
         seen = (x[rows], t[rows], label[rows])
-        logits, n_calls = cfg_logits(denoiser, *seen, decoding, sites)  # (b, K, V)
+        logits, n_calls = cfg_logits(denoiser, *seen, decoding, index)  # (b, K, V)
         calls[rows] = n_calls
     else:
-        logits = logits[rows].gather(1, sites[..., None].expand(-1, -1, logits.shape[-1]))
+        logits = logits[rows].gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))
     probs = truncate_probs(logits[is_site].float(), decoding)           # (n, V)
     # one number for every token, so that a draw does not depend on which others are asked for
     u = uniform((len(rows), x.shape[1]), of_rows(generator, rows), x.device, torch.float64)
-    drawn = invert_cdf(probs, u.gather(1, sites)[is_site])              # (n,)
-    ids = x[rows].gather(1, sites)
-    ids[is_site] = drawn
-    p_drawn = torch.zeros(sites.shape, device=x.device)
-    p_drawn[is_site] = probs.gather(1, drawn[:, None])[:, 0]
-    p[rows] = p[rows].scatter(1, sites, p_drawn)
+    drawn = invert_cdf(probs, u.gather(1, index)[is_site])              # (n,)
+    x = sites.write(x, drawn)
+    p = sites.write(p, probs.gather(1, drawn[:, None])[:, 0])
     if want_entropy:
-        entropy_at_sites = torch.zeros(sites.shape, device=x.device)
-        entropy_at_sites[is_site] = torch.special.entr(probs).sum(-1)
-        entropy[rows] = entropy[rows].scatter(1, sites, entropy_at_sites)
-    new_x = x.index_copy(0, rows, x[rows].scatter(1, sites, ids))
-    return Draw(new_x, p, entropy, calls)
+        entropy = sites.write(entropy, torch.special.entr(probs).sum(-1))
+    return Draw(x, p, entropy, calls)
 
 
 def race_keys(weight: Tensor, generator: Random) -> Tensor:
@@ -190,7 +206,7 @@ def editable_mask(x: Tensor, known: Tensor | None) -> Tensor:
     return torch.ones_like(x, dtype=torch.bool) if known is None else ~known
 
 
-def check_all_masked(x: Tensor, editable: Tensor, vocab: int | None) -> int:
+def mask_id_of(x: Tensor, editable: Tensor, vocab: int | None) -> int:
     """The mask id of a sampler that starts from masks; refuses any other start."""
     mask_id = int(x.max()) if vocab is None else vocab
     if not (x == mask_id)[editable].all():

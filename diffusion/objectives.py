@@ -34,9 +34,9 @@ class Task(NamedTuple):
                 return y.pin_memory().to(device, non_blocking=True)
             return y.to(device)
 
-        xt, t, label, sites, target = (move(y) for y in self[:5])
-        loss_args = tuple(map(move, self.loss_args))
-        return Task(xt, t, label, sites, target, self.loss, loss_args, self.n_loss_tokens)
+        names = ("xt", "t", "label", "sites", "target")
+        moved = {name: move(getattr(self, name)) for name in names}
+        return self._replace(**moved, loss_args=tuple(map(move, self.loss_args)))
 
 
 def planner_loss(logits: Tensor, is_noise: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def denoiser_loss(logits: Tensor, x0: Tensor) -> Tensor:
 
 
 def flat_sites(is_asked: Tensor) -> Tensor:
-    """Where a mask (B, N) is true, as indices into the flattened (B * N).  -> (n,)"""
+    """Where a bool tensor (B, N) is true, as indices into the flattened (B * N).  -> (n,)"""
     return is_asked.flatten().nonzero()[:, 0]
 
 
@@ -146,7 +146,8 @@ def fill_task(
 ) -> Task:
     """A planner's task on states that may hold masks: which visible tokens are wrong?
 
-    x0 (B, N); masks (id vocab) and known tokens are not asked about
+    x0 (B, N), a fill of each row, known (B, N) bool or None. Masks (id vocab) and known tokens are
+    not asked about.
     """
     is_asked = fill.x != vocab
     if known is not None:

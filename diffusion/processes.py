@@ -29,7 +29,8 @@ class Process(NamedTuple):
     starts_masked: bool = False         # pure noise is all masks; otherwise uniform ids
     # redraw / keep is proportional to (t / (1 - t)) ** odds_power: read by gidd.token_weights
     odds_power: float = 1.0
-    level_power: float = 1.0            # samplers step through u ** level_power, u evenly spaced
+    # samplers step through u ** level_power, u evenly spaced: finer near 0 where redraws grow fast
+    level_power: float = 1.0
 
 
 def mask_weights(t: Tensor, p_uniform: float):

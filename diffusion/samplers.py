@@ -67,7 +67,7 @@ def ddpd(
     denoiser_process  "mask": the denoiser reads x with a mask (id vocab) at every site, and where
                a Bernoulli(p_noise) draw says noise; otherwise it reads x and is given t
     known      (B, N) bool, tokens that are never written, and excluded from the clock
-    stop       a sequence is done when fewer noise tokens are expected; 0: spend all steps
+    stop       a sequence is done when fewer noise tokens than this are expected; 0: never early
     refine     further steps of k sites, for all sequences; each makes samples less diverse
     """
     options = Decoding(temperature, top_k, top_p, guidance=guidance, null_label=null_label)
@@ -79,12 +79,12 @@ def ddpd(
     p_noise = torch.zeros(x.shape, device=x.device)
     done = ~editable.any(1)
     nfe = torch.zeros_like(label)
-    if not editable.any():
+    if not editable.any():                                  # nothing to write: still one State
         yield State(x, p_noise, editable, t[:, 0], nfe)
     for step in range(n_steps + refine):
         is_refining = step >= n_steps
         rows = (editable.any(1) & (is_refining | ~done)).nonzero()[:, 0]        # (b,) at work
-        if len(rows) == 0:
+        if len(rows) == 0:                                  # refining steps may follow
             continue
         rule = "fixed" if is_refining else schedule
         if rule == "leap":
@@ -95,7 +95,7 @@ def ddpd(
         plan = plan_noise(planner, denoiser, *seen, options, planner_guidance, denoiser_process)
         nfe[rows] += plan.calls
         p_noise[rows] = plan.p_noise
-        if planner is not None and rule != "leap":          # one network has used its t already
+        if planner is not None and rule != "leap":          # one network has been told its t
             t[rows] = mean_level(plan.p_noise, editable[rows])
         if not is_refining:
             done[rows] = plan.p_noise.sum(1) < stop
@@ -117,7 +117,8 @@ def ddpd(
         written = torch.zeros_like(editable)
         written[rows] = sites
         yield State(x.clone(), p_noise.clone(), written, t[:, 0].clone(), nfe.clone())
-        t[rows] = mean_level(plan.p_noise * ~sites, editable[rows])     # expected after this step
+        # the level at which the next plan is asked for: what was written counts as clean
+        t[rows] = mean_level(plan.p_noise * ~sites, editable[rows])
 
 
 class Plan(NamedTuple):
@@ -153,7 +154,7 @@ def p_noise_after(
     denoiser_process: str, known: Tensor | None = None, guidance: float = 1.0,
     planner_guidance: float = 1.0, null_label: int | None = None,
 ) -> Tensor:
-    """P(noise) of the tokens of ddpd's last State, by one more network call.  -> (B, N)"""
+    """P(noise) of the tokens of a last State of ddpd or p2, by one more network call.  -> (B, N)"""
     options = Decoding(guidance=guidance, null_label=null_label)
     editable = editable_mask(last.x, known)
     t = mean_level(last.p_noise * ~last.written, editable)
@@ -257,7 +258,7 @@ def ancestral(
             t_input = t.clamp(T_MIN, T_MAX)
             logits, calls = cfg_logits(denoiser, x, t_input, label, options)
             noise = replace(noise, vocab=logits.shape[-1])
-            if kind == "self":                          # truncation acts on what is drawn
+            if kind == "self":                          # before top-k cuts what is drawn from
                 probs = to_leave_one_out(logits.float().softmax(-1), x, t, noise)
                 logits = probs.log()
             probs = truncate_probs(logits.float(), options)

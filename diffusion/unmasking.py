@@ -18,10 +18,10 @@ from diffusion.decoding import (
     Decoding,
     State,
     cfg_logits,
-    check_all_masked,
     check_at_least,
     check_choice,
     editable_mask,
+    mask_id_of,
     race_keys,
     refuse_nan,
     sample_at,
@@ -30,7 +30,8 @@ from diffusion.decoding import (
 from diffusion.processes import T_MAX, T_MIN
 from diffusion.randomness import Random, exponential, of_rows, uniform
 
-LEAST_DOUBT = 0.01          # for surprise, p_written is clipped to [0.01, 0.99]
+# p_written is clipped to [LEAST_DOUBT, 1 - LEAST_DOUBT], so that no odds are infinite
+LEAST_DOUBT = 0.01
 ORDERS = ("confidence", "random", "halton")
 # schedule -> share of tokens that are masked after a share r of the steps
 MASKED_SHARES = {
@@ -50,16 +51,18 @@ def confidence(
     """MaskGIT (arXiv:2202.04200): fill all masks, keep the most confident, mask the rest.
 
     x (B, N) masks (id vocab)  ->  yields State
-    order      which draws are kept: by "confidence", log-probability plus noise (1 - r) Gumbel;
-               "random"; or "halton": of a grid, far from each other (halton_rank)
+    order      which draws are kept: by "confidence", the largest log-probability plus
+               noise (1 - r) Gumbel after a share r of the steps; "random"; or "halton": of a grid,
+               far from each other (halton_rank)
     schedule   how many: a name in MASKED_SHARES, or "entropy" (n_within_entropy); at least one
+    noise      scale of that Gumbel noise
     temperature_end   the temperature falls linearly to this; 0: it is constant
     """
     options = Decoding(temperature, **decoding)
     check_confidence(order, schedule, grid, x.shape[1])
     check_at_least(n_steps=(n_steps, 1), noise=(noise, 0), temperature_end=(temperature_end, 0))
     editable = editable_mask(x, known)
-    vocab = check_all_masked(x, editable, vocab)
+    vocab = mask_id_of(x, editable, vocab)
     n_editable = editable.sum(1)
     is_by_entropy = schedule == "entropy"
     nfe = torch.zeros_like(label)
@@ -68,15 +71,15 @@ def confidence(
         is_masked = editable & (x == vocab)
         n_masked = is_masked.sum(1)
         t = (n_masked / n_editable.clamp_min(1)).clamp(T_MIN, T_MAX)    # (B,)
-        done = (step + 1) / n_steps                                     # share of the steps
-        now = temperature_at(step, n_steps, temperature, temperature_end)
-        options = replace(options, temperature=now)
+        progress = (step + 1) / n_steps                                 # r of the docstring
+        temperature_now = temperature_at(step, n_steps, temperature, temperature_end)
+        options = replace(options, temperature=temperature_now)
         gumbel = -exponential(x.shape, generator, x.device).log()
         draw = None
         if order == "confidence":
             seen = (x, t[:, None], label, is_masked)
             draw = sample_at(denoiser, *seen, options, generator, want_entropy=is_by_entropy)
-            keys = draw.p.double().log() + noise * (1 - done) * gumbel
+            keys = draw.p.double().log() + noise * (1 - progress) * gumbel
         elif order == "halton":
             keys = -halton_rank(tuple(grid)).double().to(x.device).expand(x.shape)
         else:
@@ -85,7 +88,7 @@ def confidence(
         if is_by_entropy:
             n_kept = n_within_entropy(keys, draw.entropy, n_steps - step)
         else:
-            n_kept = n_masked - n_masks_left(schedule, done, n_editable, n_masked)
+            n_kept = n_masked - n_masks_left(schedule, progress, n_editable, n_masked)
         sites = topk_mask(keys, n_kept) & is_masked
         if draw is None:                                # only tokens that are kept are drawn
             draw = sample_at(denoiser, x, t[:, None], label, sites, options, generator)
@@ -111,11 +114,14 @@ def temperature_at(step: int, n_steps: int, start: float, end: float) -> float:
     return start + (end - start) * step / max(1, n_steps - 1)
 
 
-def n_masks_left(schedule: str, done: float, n_editable: Tensor, n_masked: Tensor) -> Tensor:
-    """After a share `done` of the steps, at least one token being kept in each.  (B,) -> (B,)"""
-    if done == 1:
+def n_masks_left(schedule: str, progress: float, n_editable: Tensor, n_masked: Tensor) -> Tensor:
+    """Masks left after a share `progress` of the steps; each step keeps at least one token.
+
+    (B,) -> (B,)
+    """
+    if progress == 1:
         return torch.zeros_like(n_masked)
-    n_left = (n_editable * MASKED_SHARES[schedule](done) + 1e-6).long()
+    n_left = (n_editable * MASKED_SHARES[schedule](progress) + 1e-6).long()
     return n_left.minimum(n_masked - 1).clamp_min(0)
 
 
@@ -156,12 +162,14 @@ def remdm(
 ) -> Iterator[State]:
     """ReMDM (arXiv:2503.00307): masked diffusion that masks written tokens again, to correct them.
 
-    x (B, N) masks (id vocab)  ->  yields State. From level t to s a written token is masked with
-    probability sigma, at most min(1, s / (1 - t)): eta of that ("rescale"), or no more than eta
-    ("cap"); these two keep the data distribution. "confidence", as in the released code, shares eta
-    of it out among all written tokens, by a softmax over minus the probability at which each was
-    written: at most eta tokens a step on average. It uncovers no more masks to make up for that, so
-    the last step has more to write. eta None: 0.2, and 1 for "confidence", as released
+    x (B, N) masks (id vocab)  ->  yields State
+    remask     the probability that a written token is masked from level t to s, which is at most
+               m = min(1, s / (1 - t)). "rescale": eta m; "cap": min(eta, m); both keep the data
+               distribution. "confidence", as in the released code: eta m is shared out among the
+               written tokens by a softmax over minus the probability at which each was written, so
+               that at most eta tokens a step are masked on average. No more masks are uncovered in
+               return, so the last step has more to write
+    eta        None: 1 for "confidence", as released, else 0.2
     """
     options = Decoding(**decoding)
     check_choice("remask", remask, ("confidence", "rescale", "cap"))
@@ -169,7 +177,7 @@ def remdm(
         eta = 1.0 if remask == "confidence" else 0.2
     check_at_least(n_steps=(n_steps, 1), eta=(eta, 0))
     editable = editable_mask(x, known)
-    vocab = check_all_masked(x, editable, vocab)
+    vocab = mask_id_of(x, editable, vocab)
     p_written = torch.zeros(x.shape, device=x.device)       # probability of each token when written
     nfe = torch.zeros_like(label)
     x = x.clone()
@@ -183,7 +191,7 @@ def remdm(
         sigma = torch.full(x.shape, strength, device=x.device)
         if remask == "confidence":
             doubt = torch.where(editable & ~is_masked, -p_written, -torch.inf)
-            sigma = sigma * doubt.softmax(1).nan_to_num(0)              # 0 at masks
+            sigma = sigma * doubt.softmax(1).nan_to_num(0)      # NaN where nothing is written yet
         # where sigma is the same for all, P(keep) grows from 1 - t to 1 - s
         p_uncover = (t - s + sigma * (1 - t)) / t
         uncovered = is_masked & (u < p_uncover)
@@ -225,7 +233,7 @@ def planned(
     check_at_least(n_steps=(n_steps, 1), noise=(noise, 0))
     check_at_least(eta=(eta, 0), trust=(trust, 0), surprise=(surprise, 0))
     editable = editable_mask(x, known)
-    vocab = check_all_masked(x, editable, vocab)
+    vocab = mask_id_of(x, editable, vocab)
     p_written = torch.ones(x.shape, device=x.device)        # probability of each token when written
     nfe = torch.zeros_like(label)
     x = x.clone()
@@ -236,20 +244,21 @@ def planned(
         is_masked = editable & (x == vocab)
         is_visible = editable & ~is_masked
         sigma = min(1.0, eta) * most_remasked(t, s)
-        n_remasked, n_uncovered = counts(is_masked, is_visible, sigma, s, generator)
+        n_remasked, n_uncovered = remasking_counts(is_masked, is_visible, sigma, s, generator)
 
-        plan = Remasking(None, sigma * is_visible, None, 0)
+        plan = Remasking(None, sigma * is_visible, None, 0)     # all visible tokens alike
         weight = torch.ones(x.shape, device=x.device)
         if 0 < sigma < 1 and t < 1 and trust > 0:
             plan = plan_remasking(both, x, t_input, label, options)
             weight = remasking_weight(plan.logits_wrong, p_written, trust, surprise)
         remasked = draw_sites(weight, is_visible, n_remasked, generator)
 
-        uncovered = is_masked
+        drawn_at = is_masked                                    # of which the best are kept
         if order == "random":
-            uncovered = draw_sites(torch.ones_like(weight), is_masked, n_uncovered, generator)
-        draw = sample_at(denoiser, x, t_input, label, uncovered, options, generator, plan.logits)
+            drawn_at = draw_sites(torch.ones_like(weight), is_masked, n_uncovered, generator)
+        draw = sample_at(denoiser, x, t_input, label, drawn_at, options, generator, plan.logits)
         nfe = nfe + plan.calls + draw.calls
+        uncovered = drawn_at
         if order == "confidence":
             uncovered = most_confident(draw.p, is_masked, n_uncovered, noise * s, generator)
         p_written = torch.where(uncovered, draw.p, p_written)
@@ -260,7 +269,7 @@ def planned(
 
 
 class Remasking(NamedTuple):
-    """What a planner says of a step of planned()."""
+    """Which visible tokens look wrong in a step of planned()."""
     logits_wrong: Tensor | None     # (B, N) of the planner; None: it was not asked
     p_wrong: Tensor                 # (B, N)
     logits: Tensor | None           # (B, N, V) of the denoiser, guided; None: it was not asked
@@ -271,7 +280,7 @@ def plan_remasking(
     both: Callable, x: Tensor, t: Tensor, label: Tensor, options: Decoding,
 ) -> Remasking:
     """Ask denoiser and planner in one call."""
-    plans = []
+    plans = []          # cfg_logits is for nets with one output: the planner's is put aside
 
     def denoiser(x, t, label):
         logits, plan_logits = both(x, t, label)
@@ -279,7 +288,7 @@ def plan_remasking(
         return logits
 
     logits, calls = cfg_logits(denoiser, x, t, label, options)
-    plan_logits = plans[0][:len(x)]                     # with the label, where asked without it too
+    plan_logits = plans[0][:len(x)]                     # the labelled half of a guided batch
     refuse_nan(plan_logits)
     return Remasking(plan_logits, plan_logits.sigmoid(), logits, calls)
 
@@ -293,12 +302,12 @@ def remasking_weight(
     powers 1 this is how much the odds of being wrong have grown since the token was written, so a
     planner that knows no more than the denoiser did then makes no choice.  float64, finite
     """
-    then = torch.logit(p_written.double(), eps=LEAST_DOUBT)
-    log_weight = trust * logits_wrong.double() + surprise * then
+    logit_written = torch.logit(p_written.double(), eps=LEAST_DOUBT)
+    log_weight = trust * logits_wrong.double() + surprise * logit_written
     return log_weight.clamp(-300, 300).exp()
 
 
-def counts(
+def remasking_counts(
     is_masked: Tensor, is_visible: Tensor, sigma: float, s: float, generator: Random,
 ) -> tuple[Tensor, Tensor]:
     """How many tokens to mask again, sigma of the visible ones, and how many masks to uncover, so
@@ -313,7 +322,10 @@ def counts(
 
 
 def draw_sites(weight: Tensor, where: Tensor, n: Tensor, generator: Random) -> Tensor:
-    """n (B,) tokens of a mask, drawn without replacement in proportion to weight.  (B, N)"""
+    """n (B,) positions at which `where` is true, drawn without replacement in proportion to weight.
+
+    weight, where (B, N)  ->  (B, N) bool
+    """
     keys = race_keys(weight, generator).masked_fill(~where, -1.0)
     return topk_mask(keys, n) & where
 
@@ -321,8 +333,10 @@ def draw_sites(weight: Tensor, where: Tensor, n: Tensor, generator: Random) -> T
 def most_confident(
     p: Tensor, is_masked: Tensor, n: Tensor, noise: float, generator: Random,
 ) -> Tensor:
-    """The n (B,) masks of each row whose draws have the largest log p, with Gumbel noise of this
-    size.  p, is_masked (B, N) -> (B, N) bool"""
+    """The n (B,) masked tokens of each row whose draws have the largest log p + noise Gumbel.
+
+    p, is_masked (B, N)  ->  (B, N) bool
+    """
     gumbel = -exponential(p.shape, generator, p.device).log()
     keys = p.double().log() + noise * gumbel
     keys = keys.masked_fill(~is_masked, -torch.inf)
@@ -351,7 +365,7 @@ def p2(
     check_choice("schedule", schedule, MASKED_SHARES)
     check_at_least(n_steps=(n_steps, 1), eta=(eta, 0))
     editable = editable_mask(x, known)
-    vocab = check_all_masked(x, editable, vocab)
+    vocab = mask_id_of(x, editable, vocab)
     n_editable = editable.sum(1)
     p_noise_kept = torch.zeros(x.shape, device=x.device)        # what the planner said last
     nfe = torch.zeros_like(label)
@@ -377,12 +391,12 @@ def p2(
             doubt = -torch.where(is_masked[rows], log_clean, eta * log_clean)
             doubt = doubt.masked_fill(~editable[rows], -torch.inf)
             x[rows] = x[rows].masked_fill(
-                most_in_random_order(doubt, n_left[rows], of_rows(generator, rows)), vocab
+                topk_random_ties(doubt, n_left[rows], of_rows(generator, rows)), vocab
             )
         yield State(x.clone(), p_noise, x != before, t, nfe)
 
 
-def most_in_random_order(keys: Tensor, k: Tensor, generator: Random) -> Tensor:
+def topk_random_ties(keys: Tensor, k: Tensor, generator: Random) -> Tensor:
     """The k (b,) largest keys of each row, ties broken at random.  (b, N) -> (b, N) bool"""
     order = uniform(keys.shape, generator, keys.device, torch.float64).argsort(1)
     is_chosen = topk_mask(keys.gather(1, order), k)

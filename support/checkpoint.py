@@ -245,7 +245,7 @@ def check_weights(weights: dict[str, Any], spec: methods.Spec) -> dict[str, mode
     """Finite ones of the networks that the config describes.  {PART.NETWORK: tensors}  ->  those
     networks, without memory"""
     for where, saved in weights.items():
-        shape = methods.shape_of(spec, where.split(".")[-1])
+        shape = methods.shape_of_network(spec, where.split(".")[-1])
         check_size(where, saved, shape)                 # before anything of that size is built
     with torch.device("meta"):
         nets = methods.build(spec)

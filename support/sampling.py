@@ -79,6 +79,15 @@ def batch_limit(spec: methods.Spec, sampler: str, n_steps: int) -> int:
     return max(1, MAX_LOGITS // (n_tokens * spec.vocab))
 
 
+def refuse_idle_guidance(flags: Any, spec: methods.Spec, run_name: str | Path) -> None:
+    """Guidance needs a network that has learned without labels, too."""
+    is_guided = any(scale not in (None, 1) for scale in (flags.guidance, flags.planner_guidance))
+    if is_guided and not (spec.config["label_dropout"] and spec.n_classes):
+        raise SystemExit(
+            f"{run_name} was trained without labels or their dropout: nothing to guide away from"
+        )
+
+
 def grid_of(spec: methods.Spec, request: Request) -> list[int]:
     """The samples' grid: a rollout may have more frames than the data."""
     frames = request.options.get("frames", 0)

@@ -148,9 +148,9 @@ def build_training(
             ema[name].load_state_dict(state["ema"][name])
             load_optimizer(optimizers[name], state["optimizers"][name])
     elif cfg.init_from:
-        init_from(cfg, spec, nets, ema)
+        load_initial_weights(cfg, spec, nets, ema)
     elif cfg.freeze_denoiser:
-        freeze_denoiser(cfg, spec, nets, ema)
+        load_frozen_denoiser(cfg, spec, nets, ema)
     trained = ["planner"] if cfg.freeze_denoiser else list(nets)
     return Training(nets, ema, optimizers, lrs, trained, state["it"] if state else 0)
 
@@ -161,7 +161,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
-def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> None:
+def load_initial_weights(
+    cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict,
+) -> None:
     """Averaged weights of the run cfg.init_from, into a run that has none of its own yet."""
     other, other_spec = averages_of(f"--init-from {cfg.init_from}", cfg.init_from, spec)
     if other_spec.name != spec.name:
@@ -174,7 +176,7 @@ def init_from(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> 
 def averages_of(
     said: str, path: str, spec: methods.Spec,
 ) -> tuple[dict[str, Any], methods.Spec]:
-    """Averaged weights of a run or export of the same shape, and its spec.
+    """A run or export of the same shape.  -> its checkpoint, without optimizers, and its spec
 
     said: how messages name it
     """
@@ -190,7 +192,9 @@ def averages_of(
     return other, other_spec
 
 
-def freeze_denoiser(cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict) -> None:
+def load_frozen_denoiser(
+    cfg: config.Config, spec: methods.Spec, nets: dict, ema: dict,
+) -> None:
     """The averaged denoiser of the run cfg.freeze_denoiser, into a run that trains a planner."""
     said = f"--freeze-denoiser {cfg.freeze_denoiser}"
     other, other_spec = averages_of(said, cfg.freeze_denoiser, spec)
