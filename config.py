@@ -47,7 +47,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Planner and denoiser have the same shape."""
+    """Planner and denoiser have the same shape, but for the blocks of a planner on the trunk."""
     n_layer: Layers = 6                     # blocks
     n_head: Positive = 4                    # heads; they divide n_embd
     n_embd: Positive = 512                  # width of the residual

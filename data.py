@@ -73,7 +73,7 @@ class Make:
     length: Length = 0      # tokens per sequence, if the source is text; 0: its default
     vocab: Ids = 0          # vocabulary size of a token file or an encoder; 0: found in it
     # text: JSON file of the `tokenizers` library; "": bytes. Token file or encoder: what made the
-    # tokens, such a JSON file or the name of an image tokenizer, which implies the vocabulary
+    # tokens, such a JSON file or the name of an image tokenizer; an encoder's tells its vocabulary
     tokenizer: str = ""
     train_tokenizer: Ids = 0    # text: vocabulary of a byte-level BPE that is trained on the file
     stochastic: bool = False    # bounce: draw a new velocity at every wall

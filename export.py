@@ -55,6 +55,7 @@ N_STEPS_PER_FRAME = 4
 N_SAMPLES = 8               # where there are no classes, or too many for one of each
 N_NAMES = 10                # classes that the card names
 PAPERS = {
+    "masked": "masked diffusion ([arXiv:2406.07524](https://arxiv.org/abs/2406.07524))",
     "ddpd": "planned denoising ([arXiv:2410.06264](https://arxiv.org/abs/2410.06264))",
     "gidd": "GIDD ([arXiv:2503.04482](https://arxiv.org/abs/2503.04482))",
     "forcing": "Diffusion Forcing ([arXiv:2407.01392](https://arxiv.org/abs/2407.01392))",
@@ -184,7 +185,7 @@ def facts(run: Run) -> str:
     rows = {
         "data": f"{meta['name']}: {' x '.join(map(str, spec.grid))} tokens of {spec.vocab} ids"
                 + classes,
-        "method": f"{spec.name}, {PAPERS[options['method']]}",
+        "method": f"{spec.name}, {PAPERS.get(spec.name) or PAPERS[options['method']]}",
         "parameters": ", ".join(sizes),
         "shape": ", ".join(f"{name} {options[name]}" for name in shape),
         "training": f"{run.it} iterations, "

@@ -2,8 +2,8 @@
 
 python data.py mnist --image-size 16
 python train_ddpd.py configs/mnist_cpu.py
-24 minutes on 2 cores of an Intel Xeon with AMX, extrapolated from 30 iterations; it was run in 54
-minutes on one busy core. 0.2 GiB. On the 9,000 digits of the t10k files expect planner AUROC .965,
+24 minutes on 2 cores of an Intel Xeon with AMX, extrapolated from 30 iterations; one run took 54
+minutes on a busy core. 0.2 GiB. On the 9,000 digits of the t10k files expect planner AUROC .965,
 denoiser CE .394 nats and .51 bits per token (1 seed, commit 23c198a).
 """
 data = "mnist"

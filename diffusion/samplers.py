@@ -114,11 +114,9 @@ def ddpd(
         )
         nfe[rows] += draw.calls
         x[rows] = torch.where(sites, draw.x, x[rows])
-        written = torch.zeros_like(editable)
-        written[rows] = sites
+        written = torch.zeros_like(editable).index_copy(0, rows, sites)
         yield State(x.clone(), p_noise.clone(), written, t[:, 0].clone(), nfe.clone())
-        # the level at which the next plan is asked for: what was written counts as clean
-        t[rows] = mean_level(plan.p_noise * ~sites, editable[rows])
+        t[rows] = mean_level(plan.p_noise * ~sites, editable[rows])     # what is written is clean
 
 
 class Plan(NamedTuple):

@@ -1,4 +1,4 @@
-"""The law of each sampler with exact networks: the part of its error that is its own.
+"""What each sampler draws with exact networks: the part of its error that is its own.
 
 The world is all sequences of 8 binary tokens with at most two changes between neighbours: 58 of
 256. The denoiser's posteriors are exact, and so are those of the planner of uniform noise, which

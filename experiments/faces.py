@@ -7,7 +7,7 @@ train   configs/avatars.py and avatars_gidd.py with three seeds, equal in parame
 sample  planned denoising, ancestral sampling and MaskGIT; GIDD before and after self-correction.
         32 and 128 network calls in all, 300 faces each: assets/faces.csv
 table   the table of that file, held-out faces first
-Without a word all three are done. "compile" trains compiled networks, in about half the time.
+Without a word all three are done. "compile" takes a third off the time of training.
 Finished runs and rows are skipped, so the same command resumes.
 """
 

@@ -8,7 +8,7 @@ bounce  Diffusion Forcing, full-sequence and next-frame diffusion, two seeds: 6 
 maze    planner and denoiser, GIDD and Diffusion Forcing, success against NFE; and particles that
         steer paths through a wanted cell: assets/forcing_maze.csv
 table   the tables of those files, and assets/forcing_*.png
-Without a word all of it is done. "compile" trains compiled networks, in about half the time.
+Without a word all of it is done. "compile" takes a third off the time of training.
 Finished runs and rows are skipped, so the same command resumes.
 """
 

@@ -7,7 +7,7 @@ train   digits with p_uniform 0, 0.1 and 0.2, three seeds; text (data/text) with
 sample  with 16, 32 and 64 network calls, before and after at most as many of self-correction:
         assets/gidd_*.csv
 table   the tables of those files
-Without a word all of it is done. "compile" trains compiled networks, in about half the time.
+Without a word all of it is done. "compile" takes a third off the time of training.
 Finished runs and rows are skipped, so the same command resumes.
 """
 

@@ -3,7 +3,7 @@ nothing.
 
 files    bytes of every kind of file that is read are spoiled, and values of checkpoints with their
          digest made right again: it must be read, or refused in one line, within seconds
-flags    flags of the three scripts with values that mean nothing, or hardly anything
+flags    flags of train_ddpd.py, sample.py and evaluate.py with values that mean little or nothing
 options  every sampler of every method, with options at random, on half of them a pretended device
 """
 
