@@ -329,6 +329,16 @@ def test_a_run_of_another_method_has_no_correction(runs):
     assert not [row for row in rows_of("out/a") if row["seed"] == "9"]
 
 
+def test_guidance_of_0_is_recorded_as_such(runs):
+    """Unlabelled samples, which are not those of guidance 1."""
+    judged = evaluate.Judged("out/a", torch.device("cpu"))
+    for guidance, recorded in ((None, 1.0), (0.0, 0.0), (2.0, 2.0)):
+        [row] = evaluate.evaluate(
+            judged, "ancestral", 4, 0, flags_of(n=4, guidance=guidance), None
+        )
+        assert row["guidance"] == recorded
+
+
 def test_images_for_outside_suites(runs):
     """--decoder writes uint8 (n, H, W, 3) under arr_0."""
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, samples_of, script
-from world import dense, marginal
+from world import dense, marginal, tiny_spec
 
+import methods
 import model
 from diffusion import likelihood, processes, samplers
 from diffusion.gidd import gidd_loss, gidd_tasks, token_weights
@@ -270,6 +271,15 @@ def test_self_correction_mends_one_flipped_token(rng):
     known = flipped != x
     states = correct(flipped, known=known)
     assert torch.equal(states[-1].x[known], flipped[known])
+
+
+def test_self_correction_needs_finished_tokens(rng):
+    spec = tiny_spec("gidd")
+    with pytest.raises(ValueError, match="self_correct starts from finished tokens"):
+        methods.sample(
+            spec, methods.build(spec), torch.zeros(2).long(), n_steps=1, generator=rng,
+            sampler="self_correct",
+        )
 
 
 def test_self_correction_stops_without_progress(rng):
