@@ -16,6 +16,7 @@ import sys
 import common
 
 import evaluate
+from formats.messages import may_stop_reading
 from support import runtime
 
 CONFIGS = {"ddpd": "avatars", "gidd": "avatars_gidd"}
@@ -136,10 +137,11 @@ def print_bits(method: str, rows: common.Rows) -> None:
 if __name__ == "__main__":
     words = common.read_words(__doc__, "train", "sample", "table", "compile")
     seeds = common.read_numbers() or SEEDS
-    for step in common.choose(words, ("train", "sample", "table")):
-        if step == "train":
-            train(seeds)
-        elif step == "sample":
-            sample(seeds)
-        else:
-            table()
+    with may_stop_reading():
+        for step in common.choose(words, ("train", "sample", "table")):
+            if step == "train":
+                train(seeds)
+            elif step == "sample":
+                sample(seeds)
+            else:
+                table()

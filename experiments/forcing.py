@@ -25,6 +25,7 @@ import evaluate
 import methods
 from diffusion import samplers
 from diffusion.processes import Noise, flip_rate_to_level
+from formats.messages import may_stop_reading
 from support import logs, runtime
 
 # (config, seed) of each run, in the order of the tables
@@ -365,6 +366,7 @@ def draw_lines(panel, lines: list[Line], marker: str | None) -> None:
 if __name__ == "__main__":
     steps = {"train": train, "sample": sample, "table": table}
     words = common.read_words(__doc__, *steps, *RUNS, "compile")
-    for data in common.choose(words, RUNS):
-        for step in common.choose(words, steps):
-            steps[step](data)
+    with may_stop_reading():
+        for data in common.choose(words, RUNS):
+            for step in common.choose(words, steps):
+                steps[step](data)

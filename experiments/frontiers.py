@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
+from formats.messages import may_stop_reading
 from support import runtime, sampling
 
 SEEDS = [0, 1, 2]
@@ -517,9 +518,10 @@ if __name__ == "__main__":
     words = common.read_words(__doc__, *steps, "exact", *TASKS, "compile")
     seeds = common.read_numbers() or SEEDS
     chosen = common.choose(words, (*steps, "exact"))
-    for task in common.choose(words, TASKS):
-        for step in chosen:
-            if step in steps:
-                steps[step](task, seeds)
-    if "exact" in chosen:
-        exact.table()
+    with may_stop_reading():
+        for task in common.choose(words, TASKS):
+            for step in chosen:
+                if step in steps:
+                    steps[step](task, seeds)
+        if "exact" in chosen:
+            exact.table()

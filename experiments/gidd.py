@@ -16,6 +16,7 @@ import sys
 import common
 
 import evaluate
+from formats.messages import may_stop_reading
 from support import runtime
 
 NFE = (16, 32, 64)
@@ -118,6 +119,7 @@ def scores(data: str, rows: common.Rows) -> str:
 if __name__ == "__main__":
     steps = {"train": train, "sample": sample, "table": table}
     words = common.read_words(__doc__, *steps, *SEEDS, "compile")
-    for data in common.choose(words, SEEDS):
-        for step in common.choose(words, steps):
-            steps[step](data)
+    with may_stop_reading():
+        for data in common.choose(words, SEEDS):
+            for step in common.choose(words, steps):
+                steps[step](data)
