@@ -20,7 +20,7 @@ class EvaluateOptions:
     nfe: tuple[int, ...] = ()
     n: int = 500                            # samples per row, classes in turn
     seeds: tuple[int, ...] = (0,)           # of the sampling noise; one row each
-    batch_size: NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
+    batch_size: NotNegative = 0      # samples at a time; 0: 250, fewer on a CPU or for memory
     correct: NotNegative = 0         # gidd: steps of self-correction, which add a row
     flips: Share = 0.0               # share of known tokens that are redrawn as another id
     bits: bool = True                       # estimate bits per token, which takes a while

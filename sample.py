@@ -27,7 +27,7 @@ class SampleOptions:
     known: str = ""
     prompt: Prose = ""               # text: how it begins; [...] in the prompt is filled in
     gap: NotNegative = 0             # tokens to fill in at [...]; 0: what is left
-    batch_size: NotNegative = 0      # samples at a time; 0: 250, or fewer for their memory
+    batch_size: NotNegative = 0      # samples at a time; 0: 250, fewer on a CPU or for memory
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import methods
+import model
 from diffusion.randomness import Streams
 from support import runtime, videos
 from support.checkpoint import Run, digest, locked, sync_to_disk
 
 BATCH = 250                 # sequences at a time, where their logits are not too many
+# On a CPU numbers of the residual in a batch. The widest tensor of a block, eight times that, then
+# has 16 MiB; larger ones are slower, since their memory is given back and zeroed in every operation
+CPU_RESIDUAL = 2**19
 MAX_LOGITS = 2**27          # at once: samplers hold about six numbers for each
 POLL_S = 0.2                # seconds between looks at what other processes have finished
 HASH_CHARS = 6              # of a digest, in the name of a folder
@@ -77,6 +81,13 @@ def batch_limit(spec: methods.Spec, sampler: str, n_steps: int) -> int:
     if asks_few.get(sampler):
         n_tokens = min(n_tokens, 4 * math.ceil(n_tokens / max(1, n_steps)))
     return max(1, MAX_LOGITS // (n_tokens * spec.vocab))
+
+
+def usual_batch(shape: model.Shape, device: torch.device) -> int:
+    """Sequences at a time, where nothing else is asked for."""
+    if device.type != "cpu":
+        return BATCH
+    return min(BATCH, max(1, CPU_RESIDUAL // (shape.n_patches * shape.n_embd)))
 
 
 def refuse_idle_guidance(flags: Any, spec: methods.Spec, run_name: str | Path) -> None:
@@ -198,7 +209,7 @@ def draw_all(
     draws  ->  the first n_recorded samples step by step, on rank 0
     """
     limit = batch_limit(run.spec, request.sampler, request.options["n_steps"])
-    size = min(batch_size or BATCH, limit)
+    size = min(batch_size or max(n_recorded, usual_batch(run.spec.shape, run.device)), limit)
     todo = None
     moments = []
     with ExitStack() as stack, runtime.one_line_errors(OSError):
