@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, meta_of, refusal, save_run, script, tiny_config
+from world import tiny_spec
 
 import train_ddpd
 from support import runtime, sampling
@@ -72,6 +73,18 @@ def test_samples_do_not_depend_on_batches_and_kills(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
         ".lock", "identity", "samples.npz"
     ]
+
+
+@pytest.mark.parametrize("device, grid, n_embd, patch, size", [
+    ("cpu", (8, 8), 128, 1, 64), ("cpu", (32, 32), 128, 2, 16), ("cpu", (32, 32), 512, 1, 1),
+    ("cpu", (3, 3), 16, 1, 250), ("cuda", (32, 32), 512, 1, 250),
+])
+def test_batches_are_small_on_a_cpu(device, grid, n_embd, patch, size):
+    """A block's widest tensor, eight times the residual, has at most 2^22 numbers."""
+    spec = tiny_spec("ddpd-mask", grid, n_embd=n_embd, patch=patch)
+    assert sampling.usual_batch(spec.shape, torch.device(device)) == size
+    if device == "cpu" and 1 < size < 250:
+        assert size * spec.shape.n_patches * 8 * n_embd == 2**22
 
 
 def test_more_of_the_same_are_added_and_nothing_is_drawn_twice(run, tmp_path, capsys):
