@@ -48,6 +48,7 @@ class Task(NamedTuple):
     n_report: int = 500
     n_choice: int = 250
     temperatures: tuple[float, ...] = ()    # besides those of the arms
+    noises: tuple[float, ...] = ()          # instead of those of the arms
     pair_flags: tuple[str, ...] = ()        # of the pair's training
 
 
@@ -59,7 +60,7 @@ TASKS = {
     "avatars": Task("avatars", "avatars_trunk", "out/frontiers/avatars_{seed}", PICTURE_AXES),
     "mnist": Task(
         "mnist_32", "mnist_32_trunk", "out/frontiers/mnist_32_{seed}", PICTURE_AXES,
-        pair_flags=("--max-iters", "2500"),
+        noises=(2.0, 4.5, 9.0), pair_flags=("--max-iters", "2500"),
     ),
     "mazes": Task(
         "maze_ddpd", "maze_trunk", "out/frontiers/maze_{seed}", ("valid", "shortest")
@@ -161,6 +162,8 @@ class Setting(NamedTuple):
 
 def values_of(task: str, arm: Arm) -> tuple[float, ...]:
     """All settings of an arm's dial."""
+    if arm.dial == "noise":
+        return TASKS[task].noises or arm.values
     more = TASKS[task].temperatures if arm.dial == "temperature" else ()
     return tuple(sorted({*arm.values, *more}, reverse=arm.values[0] > arm.values[-1]))
 
