@@ -145,8 +145,8 @@ def test_arms_have_the_options_that_they_set():
         assert arm.training in frontiers.TRAININGS
 
 
-def test_a_task_can_add_temperatures(arms, monkeypatch):
-    """For all arms alike, and not to other dials."""
+def test_a_task_can_have_settings_of_its_own(arms, monkeypatch):
+    """More temperatures, and other noises, for all arms alike."""
     warmer = frontiers.TASKS["digits"]._replace(temperatures=(0.8,))
     assert frontiers.values_of("digits", PLAIN) == (1.0, 0.5)
     monkeypatch.setitem(frontiers.TASKS, "digits", warmer)
@@ -154,6 +154,9 @@ def test_a_task_can_add_temperatures(arms, monkeypatch):
     assert frontiers.values_of("digits", PLAIN._replace(values=(0.6,))) == (0.6, 0.8)
     by_noise = PLAIN._replace(dial="noise", values=(1.0, 2.0))
     assert frontiers.values_of("digits", by_noise) == (1.0, 2.0)
+    monkeypatch.setitem(frontiers.TASKS, "digits", warmer._replace(noises=(2.0, 9.0)))
+    assert frontiers.values_of("digits", by_noise) == (2.0, 9.0)
+    assert frontiers.values_of("digits", PLAIN) == (1.0, 0.8, 0.5)
 
 
 # A tiny run
