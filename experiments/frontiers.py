@@ -60,7 +60,7 @@ TASKS = {
     "avatars": Task("avatars", "avatars_trunk", "out/frontiers/avatars_{seed}", PICTURE_AXES),
     "mnist": Task(
         "mnist_32", "mnist_32_trunk", "out/frontiers/mnist_32_{seed}", PICTURE_AXES,
-        noises=(2.0, 4.5, 9.0), pair_flags=("--max-iters", "2500"),
+        noises=(1.0, 2.0, 4.5, 9.0), pair_flags=("--max-iters", "2500"),
     ),
     "mazes": Task(
         "maze_ddpd", "maze_trunk", "out/frontiers/maze_{seed}", ("valid", "shortest")
