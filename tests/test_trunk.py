@@ -14,7 +14,7 @@ import model
 import train_ddpd
 from diffusion import objectives, samplers
 from diffusion.samplers import last, remdm
-from diffusion.unmasking import counts, draw_sites, remasking_weight
+from diffusion.unmasking import draw_sites, remasking_counts, remasking_weight
 from support import training
 from support.checkpoint import digest, load_run
 
@@ -116,11 +116,11 @@ def test_an_oracles_sites_come_first(rng):
 def test_counts_are_right_on_average_and_end_without_masks(rng):
     """Of 16 tokens 6 are masked; 2.5 of the other 10 are to be masked again, and 4 left masked."""
     is_masked = torch.arange(16).expand(4000, 16) < 6
-    n_remasked, n_uncovered = counts(is_masked, ~is_masked, 0.25, 0.25, rng)
+    n_remasked, n_uncovered = remasking_counts(is_masked, ~is_masked, 0.25, 0.25, rng)
     assert n_remasked.unique().tolist() == [2, 3]
     assert n_remasked.double().mean() == pytest.approx(2.5, abs=0.05)
     assert (6 + n_remasked - n_uncovered == 4).all()
-    n_remasked, n_uncovered = counts(is_masked, ~is_masked, 0.0, 0.0, rng)
+    n_remasked, n_uncovered = remasking_counts(is_masked, ~is_masked, 0.0, 0.0, rng)
     assert (n_remasked == 0).all() and (n_uncovered == 6).all()
 
 
