@@ -122,7 +122,7 @@ def gather_at(probs: Tensor, x: Tensor) -> Tensor:
 
 
 class Sites(NamedTuple):
-    """Where a mask (B, N) is true, row by row."""
+    """Where a bool tensor (B, N) is true, row by row."""
     rows: Tensor                # (b,) the rows that have any
     index: Tensor               # (b, K) where; rows with fewer than K are padded by other positions
     is_site: Tensor             # (b, K) bool, False at the padding
@@ -136,7 +136,7 @@ class Sites(NamedTuple):
 
 
 def sites_of(where: Tensor) -> Sites:
-    """(B, N) bool"""
+    """Where `where` (B, N) is true."""
     n_sites = where.sum(1, keepdim=True)
     rows = n_sites[:, 0].nonzero()[:, 0]
     n_sites = n_sites[rows]

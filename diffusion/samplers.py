@@ -60,10 +60,7 @@ def ddpd(
 
     x (B, N) int64 of uniform noise, label (B,)  ->  yields State, at most n_steps + refine of them
     planner    None: the denoiser is an x0-prediction on uniform noise, and one call serves as both
-    schedule   how many sites a step writes: "one"; "fixed": k; "spread": the expected number of
-               noise tokens divided by the steps left, rounded up; "leap": each token independently,
-               with probability p_noise (t - s)/t on a fixed clock, which is exact for many steps
-    pick       which sites: in proportion to p_noise, or to its odds ("softmax" of the logits)
+    schedule, k, pick   how many tokens a step writes, and which: choose_sites
     denoiser_process  "mask": the denoiser reads x with a mask (id vocab) at every site, and where
                a Bernoulli(p_noise) draw says noise; otherwise it reads x and is given t
     known      (B, N) bool, tokens that are never written, and excluded from the clock
@@ -174,6 +171,10 @@ def choose_sites(
     """The tokens to write in this step.
 
     p_noise (b, N), a Bernoulli draw is_noise (b, N) of it  ->  (b, N) bool
+    schedule   how many: "one"; "fixed": k; "spread": the expected number of noise tokens divided by
+               the steps left, rounded up; "leap": each token independently, with probability
+               p_noise (t - s)/t on a fixed clock, which is exact for many steps
+    pick       which: in proportion to p_noise, or to its odds ("softmax" of the logits)
     """
     if schedule == "leap":
         return is_noise & (uniform(p_noise.shape, generator, p_noise.device) < 1 / steps_left)

@@ -4,7 +4,7 @@ Importing this module puts the repository root on sys.path, so it is imported be
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import config
 import train_ddpd
+from formats.messages import may_stop_reading
 from support import logs
 
 Rows = list[dict[str, str]]
@@ -142,6 +143,13 @@ def read_words(usage: str, *allowed: str) -> list[str]:
 def read_numbers() -> list[int]:
     """The numbers on the command line."""
     return [int(word) for word in sys.argv[1:] if word.isdigit()]
+
+
+def run_steps(steps: dict[str, Callable], names: Iterable[str], *arguments) -> None:
+    """Steps of an experiment, one after another; a pipe such as `| head` may end them early."""
+    with may_stop_reading():
+        for name in names:
+            steps[name](*arguments)
 
 
 def choose(words: list[str], choices: Iterable[str]) -> list[str]:

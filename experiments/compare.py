@@ -7,17 +7,15 @@ train   configs/digits.py, digits_uniform.py and digits_single.py with three see
 sample  planned denoising, ancestral sampling, MaskGIT and ReMDM, where they fit, at 8, 16, 32 and
         64 NFE, 500 digits each: assets/compare.csv
 table   the table of that file, and assets/compare.png
-Without a word all three are done. "compile" takes a third off the time of training.
+Without a word all three are done. "compile" takes a third off a step of training.
 Finished runs and rows are skipped, so the same command resumes.
 """
 
 import sys
-from pathlib import Path
 
 import common
 
 import evaluate
-from formats.messages import may_stop_reading
 from support import runtime
 
 CONFIGS = {
@@ -76,23 +74,19 @@ def sample_run(method: str, seed: int) -> None:
         print(f"{method} {sampler} {nfe} NFE, seed {seed}: {scores}", flush=True)
 
 
-def rows_of(method: str) -> common.Rows:
-    """The rows of all seeds of a method."""
-    return [row for row in TABLE.rows() if method_of(row) == method]
+def rows_of(method: str, seeds: list[int]) -> common.Rows:
+    """The rows of a method with these training seeds."""
+    folders = {run_folder(method, seed) for seed in seeds}
+    return [row for row in TABLE.rows() if row["run"] in folders]
 
 
-def method_of(row: dict[str, str]) -> str:
-    name = Path(row["run"]).name
-    return name.rsplit("_", 1)[0]
-
-
-def table() -> None:
+def table(seeds: list[int]) -> None:
     """Print means over seeds of judge accuracy and Frechet distance, and draw them."""
     figure, panels = common.open_figure(1, 2, width=12, height=4.6)
     budgets = [f"{nfe} NFE" for nfe in NFE]
     common.print_header("training", "sampler", "seeds", *budgets, "entropy")
     for method, samplers in SAMPLERS.items():
-        rows = rows_of(method)
+        rows = rows_of(method, seeds)
         for i, sampler in enumerate(samplers):
             by_nfe = [common.select(rows, sampler=sampler, calls=nfe) for nfe in NFE]
             if all(by_nfe):
@@ -106,7 +100,7 @@ def table() -> None:
     common.outside_legend(figure, panels[0])
     common.save_figure(figure, "compare.png")
     for method in CONFIGS:
-        print_bits(method)
+        print_bits(method, seeds)
 
 
 def print_sampler(method: str, sampler: str, by_nfe: list[common.Rows]) -> None:
@@ -129,19 +123,13 @@ def draw_sampler(panels, method: str, sampler: str, by_nfe: list[common.Rows], c
         panel.set(xlabel="network calls (NFE)", ylabel=label)
 
 
-def print_bits(method: str) -> None:
-    if rows := rows_of(method):
+def print_bits(method: str, seeds: list[int]) -> None:
+    if rows := rows_of(method, seeds):
         print(f"{method}: {common.describe_bits(rows)} bits per token")
 
 
 if __name__ == "__main__":
-    words = common.read_words(__doc__, "train", "sample", "table", "compile")
+    steps = {"train": train, "sample": sample, "table": table}
+    words = common.read_words(__doc__, *steps, "compile")
     seeds = common.read_numbers() or SEEDS
-    with may_stop_reading():
-        for step in common.choose(words, ("train", "sample", "table")):
-            if step == "train":
-                train(seeds)
-            elif step == "sample":
-                sample(seeds)
-            else:
-                table()
+    common.run_steps(steps, common.choose(words, steps), seeds)

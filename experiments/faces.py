@@ -7,7 +7,7 @@ train   configs/avatars.py and avatars_gidd.py with three seeds, equal in parame
 sample  planned denoising, ancestral sampling and MaskGIT; GIDD before and after self-correction.
         32 and 128 network calls in all, 300 faces each: assets/faces.csv
 table   the table of that file, held-out faces first
-Without a word all three are done. "compile" takes a third off the time of training.
+Without a word all three are done. "compile" takes a third off a step of training.
 Finished runs and rows are skipped, so the same command resumes.
 """
 
@@ -16,7 +16,6 @@ import sys
 import common
 
 import evaluate
-from formats.messages import may_stop_reading
 from support import runtime
 
 CONFIGS = {"ddpd": "avatars", "gidd": "avatars_gidd"}
@@ -105,7 +104,7 @@ def cells_of(rows: common.Rows) -> list[str]:
     return cells
 
 
-def table() -> None:
+def table(seeds: list[int]) -> None:
     """Print means over seeds."""
     rows = TABLE.rows()
     names = [name for name, _ in COLUMNS.values()]
@@ -113,35 +112,29 @@ def table() -> None:
     if real := common.select(rows, sampler=REAL):
         common.print_row(["", REAL, "", "", *cells_of(real)])
     for method, samplers in SAMPLERS.items():
-        of_method = rows_of(method, rows)
+        of_method = rows_of(method, rows, seeds)
         for nfe in NFE:
             for sampler in samplers:
                 if mine := common.select(of_method, sampler=sampler, calls=nfe):
                     cells = [method, sampler, str(nfe), str(len(mine))]
                     common.print_row([*cells, *cells_of(mine)])
     for method in SAMPLERS:
-        print_bits(method, rows)
+        print_bits(method, rows, seeds)
 
 
-def rows_of(method: str, rows: common.Rows) -> common.Rows:
-    """The rows of all seeds of a method."""
-    folders = {run_folder(method, seed) for seed in SEEDS}
+def rows_of(method: str, rows: common.Rows, seeds: list[int]) -> common.Rows:
+    """The rows of a method with these training seeds."""
+    folders = {run_folder(method, seed) for seed in seeds}
     return [row for row in rows if row["run"] in folders]
 
 
-def print_bits(method: str, rows: common.Rows) -> None:
-    if mine := rows_of(method, rows):
+def print_bits(method: str, rows: common.Rows, seeds: list[int]) -> None:
+    if mine := rows_of(method, rows, seeds):
         print(f"{method}: {common.describe_bits(mine)} bits per token")
 
 
 if __name__ == "__main__":
-    words = common.read_words(__doc__, "train", "sample", "table", "compile")
+    steps = {"train": train, "sample": sample, "table": table}
+    words = common.read_words(__doc__, *steps, "compile")
     seeds = common.read_numbers() or SEEDS
-    with may_stop_reading():
-        for step in common.choose(words, ("train", "sample", "table")):
-            if step == "train":
-                train(seeds)
-            elif step == "sample":
-                sample(seeds)
-            else:
-                table()
+    common.run_steps(steps, common.choose(words, steps), seeds)

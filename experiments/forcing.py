@@ -8,7 +8,7 @@ bounce  Diffusion Forcing, full-sequence and next-frame diffusion, two seeds: 6 
 maze    planner and denoiser, GIDD and Diffusion Forcing, success against NFE; and particles that
         steer paths through a wanted cell: assets/forcing_maze.csv
 table   the tables of those files, and assets/forcing_*.png
-Without a word all of it is done. "compile" takes a third off the time of training.
+Without a word all of it is done. "compile" takes a third off a step of training.
 Finished runs and rows are skipped, so the same command resumes.
 """
 
@@ -25,7 +25,6 @@ import evaluate
 import methods
 from diffusion import samplers
 from diffusion.processes import Noise, flip_rate_to_level
-from formats.messages import may_stop_reading
 from support import logs, runtime
 
 # (config, seed) of each run, in the order of the tables
@@ -366,7 +365,5 @@ def draw_lines(panel, lines: list[Line], marker: str | None) -> None:
 if __name__ == "__main__":
     steps = {"train": train, "sample": sample, "table": table}
     words = common.read_words(__doc__, *steps, *RUNS, "compile")
-    with may_stop_reading():
-        for data in common.choose(words, RUNS):
-            for step in common.choose(words, steps):
-                steps[step](data)
+    for data in common.choose(words, RUNS):
+        common.run_steps(steps, common.choose(words, steps), data)

@@ -12,7 +12,7 @@ table   for each arm and number of calls, at the chosen setting: the scores, the
         the area that the frontier dominates, and how far the arm gets outside of the controls
 plot    assets/frontiers_TASK.png
 exact   what each sampler draws on a tiny world with exact networks (exact.py)
-Without a word all of it is done, for all tasks. "compile" takes a third off the time of training.
+Without a word all of it is done, for all tasks. "compile" takes a third off a step of training.
 Finished runs and rows are skipped, so the same command resumes.
 """
 
@@ -29,7 +29,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
-from formats.messages import may_stop_reading
 from support import runtime, sampling
 
 SEEDS = [0, 1, 2]
@@ -522,10 +521,7 @@ if __name__ == "__main__":
     words = common.read_words(__doc__, *steps, "exact", *TASKS, "compile")
     seeds = common.read_numbers() or SEEDS
     chosen = common.choose(words, (*steps, "exact"))
-    with may_stop_reading():
-        for task in common.choose(words, TASKS):
-            for step in chosen:
-                if step in steps:
-                    steps[step](task, seeds)
-        if "exact" in chosen:
-            exact.table()
+    for task in common.choose(words, TASKS):
+        common.run_steps(steps, [name for name in chosen if name in steps], task, seeds)
+    if "exact" in chosen:
+        common.run_steps({"exact": exact.table}, ["exact"])

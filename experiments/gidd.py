@@ -7,7 +7,7 @@ train   digits with p_uniform 0, 0.1 and 0.2, three seeds; text (data/text) with
 sample  with 16, 32 and 64 network calls, before and after at most as many of self-correction:
         assets/gidd_*.csv
 table   the tables of those files
-Without a word all of it is done. "compile" takes a third off the time of training.
+Without a word all of it is done. "compile" takes a third off a step of training.
 Finished runs and rows are skipped, so the same command resumes.
 """
 
@@ -16,7 +16,6 @@ import sys
 import common
 
 import evaluate
-from formats.messages import may_stop_reading
 from support import runtime
 
 NFE = (16, 32, 64)
@@ -119,7 +118,5 @@ def scores(data: str, rows: common.Rows) -> str:
 if __name__ == "__main__":
     steps = {"train": train, "sample": sample, "table": table}
     words = common.read_words(__doc__, *steps, *SEEDS, "compile")
-    with may_stop_reading():
-        for data in common.choose(words, SEEDS):
-            for step in common.choose(words, steps):
-                steps[step](data)
+    for data in common.choose(words, SEEDS):
+        common.run_steps(steps, common.choose(words, steps), data)

@@ -31,8 +31,8 @@ from support import runtime, videos
 from support.checkpoint import Run, digest, locked, sync_to_disk
 
 BATCH = 250                 # sequences at a time, where their logits are not too many
-# On a CPU numbers of the residual in a batch. The widest tensor of a block, eight times that, then
-# has 16 MiB; larger ones are slower, since their memory is given back and zeroed in every operation
+# Numbers of the residual in a batch, on a CPU: the widest tensor of a block, eight times that, then
+# has 16 MiB, and larger ones are slower (LOG.md, "Batches of samples on a CPU")
 CPU_RESIDUAL = 2**19
 MAX_LOGITS = 2**27          # at once: samplers hold about six numbers for each
 POLL_S = 0.2                # seconds between looks at what other processes have finished
