@@ -100,6 +100,9 @@ class MethodOptions:
     # ddpd: run, exported run or hf://OWNER/NAME whose mask denoiser is used unchanged: only the
     # planner is trained
     freeze_denoiser: str = ""
+    # ddpd: weight of the planner's loss in the gradient of its trunk, with nets trunk; 0: the
+    # denoiser learns as if there were no planner
+    trunk_grad: NotNegativeFloat = 0.0
     # forcing: its noise. hybrid: masks and uniform redraws, as always in gidd
     process: Literal["hybrid", "uniform", "mask"] = "hybrid"
     p_uniform: float = 0.1                  # gidd, forcing: share redrawn at t = 1/2 if hybrid
@@ -120,6 +123,7 @@ class MethodOptions:
 READS = {
     "ddpd": (
         "nets", "planner_layers", "denoiser_process", "on_policy", "fill_label", "freeze_denoiser",
+        "trunk_grad",
     ),
     "gidd": ("p_uniform", "weight", "clean_token_rate"),
     "forcing": (
@@ -396,6 +400,11 @@ def check_fills(cfg: Config) -> None:
     if cfg.planner_layers != Config.planner_layers and cfg.nets != "trunk":
         raise SystemExit(
             f"planner_layers = {cfg.planner_layers} needs nets = trunk; a planner apart has n_layer"
+        )
+    if cfg.trunk_grad and (cfg.nets != "trunk" or cfg.freeze_denoiser):
+        raise SystemExit(
+            f"trunk_grad = {cfg.trunk_grad:g} needs nets = trunk, and no freeze_denoiser: a trunk "
+            "that is trained"
         )
     has_planner = cfg.nets in ("pair", "trunk")
     if cfg.freeze_denoiser and not (has_planner and cfg.denoiser_process == "mask"):

@@ -211,12 +211,14 @@ def learns_on_fills(spec: Spec) -> bool:
     return spec.method.has_trunk or spec.config["on_policy"] > 0
 
 
-def passes_to_fill(spec: Spec) -> float:
-    """Forward passes of the denoiser for a row of a batch, besides those of its own training."""
+def passes_for_planner(spec: Spec) -> float:
+    """Passes of the denoiser for a row of the planner's batch, in units of a forward pass."""
     mean_steps = (1 + MAX_FILL_STEPS) / 2
-    if spec.method.has_trunk:
-        return (1 + mean_steps) / 2 + 1     # stopped after any of them, then the planner's trunk
-    return spec.config["on_policy"] * mean_steps
+    if not spec.method.has_trunk:
+        return spec.config["on_policy"] * mean_steps
+    passes_to_fill = (1 + mean_steps) / 2   # stopped after any of the steps
+    passes_of_trunk = 3 if spec.config["trunk_grad"] else 1     # with its backward pass, or without
+    return passes_to_fill + passes_of_trunk
 
 
 def with_planner_on_fills(

@@ -380,25 +380,33 @@ class TrunkPlanner(Transformer):
     """A planner of a few blocks on a denoiser's last residual: one pass of the trunk serves both.
 
     net(x, t, label) -> (B, N) logits. The trunk, the denoiser's blocks, is no part of this module:
-    it gets no gradient from here, and is neither saved nor moved with it.
+    it is neither saved nor moved with it, and gets no gradient from here unless hold() says so.
     """
 
     def __init__(self, shape: Shape, trunk: Transformer):
         super().__init__(shape, "planner")
         self.hold(trunk)
 
-    def hold(self, trunk: Transformer) -> None:
-        """Stand on this denoiser."""
+    def hold(self, trunk: Transformer, grad: float = 0.0) -> None:
+        """Stand on this denoiser, which gets the planner's gradient times `grad`."""
         self.trunk_of = (trunk,)    # in a tuple, so that it is no submodule
+        self.trunk_grad = grad
 
     def residual(self, x: Tensor, t: Tensor, label: Tensor, *_, below: Tensor | None = None):
         """As a Transformer's on the trunk's residual, asked for here unless it is given. There is
         no cache."""
         if below is None:
-            [trunk] = self.trunk_of
-            with torch.no_grad():
-                below = trunk.residual(x, t, label)
+            below = self.trunk_residual(x, t, label)
         return super().residual(x, t, label, below=below)
+
+    def trunk_residual(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """-> (B, n, D), through which the gradient flows times trunk_grad"""
+        [trunk] = self.trunk_of
+        if not self.trunk_grad:
+            with torch.no_grad():
+                return trunk.residual(x, t, label)
+        below = trunk.residual(x, t, label)
+        return below.detach().lerp(below, self.trunk_grad)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, sites: Tensor | None = None,
                 is_both: bool = False):

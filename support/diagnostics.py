@@ -116,11 +116,13 @@ def cost_of_step(
         n_logits = min(n_loss_tokens(spec, net, batch_size), chunk_size(net))
         # logits, their log-softmax, its gradient
         logits = max(logits, 3 * 4 * n_logits * net.head.out_features)
-    # one network at a time
+    n_blocks = shape.n_layer                            # one network at a time
+    if spec.config["trunk_grad"]:                       # twice through the trunk, and the planner
+        n_blocks = 2 * shape.n_layer + nets["planner"].shape.n_layer
     kept_by_block = kept_by_two + (batch_size - 2) * kept_per_sequence
-    kept = shape.n_layer * kept_by_block
+    kept = n_blocks * kept_by_block
     if spec.config["recompute"]:
-        kept = kept_by_block + 4 * shape.n_layer * batch_size * shape.n_patches * shape.n_embd
+        kept = kept_by_block + 4 * n_blocks * batch_size * shape.n_patches * shape.n_embd
     sizes = {
         "weights": 4 * n_params,
         "gradients": 4 * n_params,
@@ -154,8 +156,8 @@ def flops_of_block(shape: model.Shape) -> int:
 
 
 def flops_of_step(spec: methods.Spec, nets: dict[str, model.Transformer], batch: int) -> int:
-    """Of a micro-step of training, forward and twice that backward, and of the denoiser's fills;
-    nothing that is computed again counts."""
+    """Of a micro-step of training, forward and twice that backward, and of the denoiser's passes
+    for a planner; nothing that is computed again counts."""
     shape = spec.shape
     flops = 0
     for net in nets.values():
@@ -163,7 +165,7 @@ def flops_of_step(spec: methods.Spec, nets: dict[str, model.Transformer], batch:
         flops += 2 * n_loss_tokens(spec, net, batch) * net.head.weight.numel()
         if net.unpatch is not None:
             flops += 2 * batch * shape.n_patches * net.unpatch.weight.numel()
-    passes = methods.passes_to_fill(spec)
+    passes = methods.passes_for_planner(spec)
     return 3 * flops + round(passes * batch * shape.n_layer * flops_of_block(shape))
 
 

@@ -135,7 +135,9 @@ def build_training(
     ema = copy.deepcopy(nets)       # in one go: a planner's copy stands on the copy of its trunk
     for net in ema.values():
         net.requires_grad_(False)
-    if spec.method.has_trunk:
+    if cfg.trunk_grad:
+        nets["planner"].hold(nets["denoiser"], cfg.trunk_grad)
+    elif spec.method.has_trunk:
         nets["planner"].hold(ema["denoiser"])           # the trunk that sampling uses
     lrs = {"planner": cfg.planner_lr, "denoiser": cfg.denoiser_lr}
     optimizers = {}
@@ -209,31 +211,37 @@ def load_frozen_denoiser(
 
 
 class Learner(nn.Module):
-    """A network behind its loss: what DDP wraps.  Task -> () nats"""
+    """Networks behind their losses: what DDP wraps.  {network: Task} -> (networks,) nats"""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, nets: dict[str, nn.Module]):
         super().__init__()
-        self.net = net
+        self.nets = nn.ModuleDict(nets)
 
-    def forward(self, task: objectives.Task) -> Tensor:
-        return task_loss(self.net, task)
+    def forward(self, tasks: dict[str, objectives.Task]) -> Tensor:
+        return torch.stack([task_loss(net, tasks[name]) for name, net in self.nets.items()])
 
 
-def learners_of(
-    cfg: config.Config, training: Training, world: runtime.World,
-) -> dict[str, nn.Module]:
-    """A learner of each trained network, compiled and distributed where that is asked for."""
-    learners = {}
+# The names of the networks that it trains -> a Learner, maybe wrapped by DDP
+Learners = dict[tuple[str, ...], nn.Module]
+
+
+def learners_of(cfg: config.Config, training: Training, world: runtime.World) -> Learners:
+    """A learner of each trained network, compiled and distributed where that is asked for.
+
+    Networks that give each other gradients have one learner, for DDP averages them once.
+    """
+    if cfg.compile and world.device.type == "mps":
+        raise SystemExit("--compile is for CUDA GPUs and CPUs: leave it out on an Apple GPU")
     for name in training.trained:
         net = training.nets[name]
         net.recompute = cfg.recompute
-        if cfg.compile and world.device.type == "mps":
-            raise SystemExit("--compile is for CUDA GPUs and CPUs: leave it out on an Apple GPU")
         if cfg.compile:
             net.hidden = torch.compile(net.hidden)
-        learners[name] = Learner(net)
-        if world.size > 1:
-            learners[name] = distributed(learners[name])
+    groups = [training.trained] if cfg.trunk_grad else [[name] for name in training.trained]
+    learners = {}
+    for names in groups:
+        learner = Learner({name: training.nets[name] for name in names})
+        learners[tuple(names)] = distributed(learner) if world.size > 1 else learner
     return learners
 
 
@@ -247,23 +255,23 @@ def distributed(learner: nn.Module) -> nn.Module:
 
 
 def backward(
-    cfg: config.Config, learners: dict[str, nn.Module], tasks: dict[str, objectives.Task],
+    cfg: config.Config, learners: Learners, tasks: dict[str, objectives.Task],
     device: torch.device, is_last: bool,
 ) -> Tensor:
-    """Add the gradients of a micro-batch, one network after another, so that only one holds
+    """Add the gradients of a micro-batch, one learner after another, so that only one holds
     activations at a time.  -> (n_trained,) losses, nats
 
     is_last: the last micro-batch of its iteration, when DDP averages the gradients
     """
     losses = []
-    for name, learner in learners.items():
-        task = tasks[name].to(device)
+    for names, learner in learners.items():
+        own_tasks = {name: tasks[name].to(device) for name in names}
         learner.require_backward_grad_sync = is_last
         with runtime.autocast(device, cfg.dtype):
-            loss = learner(task)
-        (loss / cfg.grad_accumulation_steps).backward()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+            own_losses = learner(own_tasks)
+        (own_losses.sum() / cfg.grad_accumulation_steps).backward()
+        losses.append(own_losses.detach())
+    return torch.cat(losses)
 
 
 def tasks_of(

@@ -156,6 +156,7 @@ def test_numbers_and_arrays_are_read_by_way_of_the_cpu(device):
 IMAGE_ROWS = [
     ("ddpd-mask", {}),
     ("ddpd-trunk", {}),
+    ("ddpd-trunk", dict(trunk_grad=0.5)),
     ("masked", {}),
     ("ddpd-uniform", {}),
     ("ddpd-single", {}),

@@ -193,7 +193,7 @@ def test_gradient_norms_are_logged_before_clipping(grad_clip):
     nets = training.build_training(cfg, spec, None, torch.device("cpu")).nets
     tasks = training.Batches(cfg, spec, splits["train"], 1).tasks(0, 0)
     for name, net in nets.items():
-        training.Learner(net)(tasks[name]).backward()
+        training.Learner({name: net})(tasks).backward()
         squares = [p.grad.double().square().sum() for p in net.parameters() if p.grad is not None]
         norm = sum(squares).sqrt().item()
         assert logged[f"{name}_grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -389,17 +389,20 @@ def test_the_dry_runs_activations_are_those_of_a_step(dtype):
 
 
 def test_masked_diffusion_takes_a_pairs_work_but_the_planners():
-    """The loss of a mask denoiser is on half of the tokens, with a planner beside it or without."""
+    """The loss of a mask denoiser is on half of the tokens, with a planner beside it or without. A
+    planner with a gradient into its trunk takes the trunk's backward pass more."""
     flops = {}
-    for nets in ("pair", "denoiser", "trunk"):
-        cfg = tiny("flops", "--nets", nets, "--vocab", 50, "--grid", 8, 8)
+    for name, *flags in (["pair"], ["denoiser"], ["trunk"], ["trunk", "--trunk-grad", 1]):
+        cfg = tiny("flops", "--nets", name, *flags, "--vocab", 50, "--grid", 8, 8)
         spec = spec_of(cfg, training.stated_meta(cfg))
         networks = methods.build(spec)
+        nets = "joint" if flags else name
         flops[nets] = diagnostics.flops_of_step(spec, networks, 4)
         planner_head = 2 * 4 * spec.shape.n_tokens * spec.shape.n_embd
     blocks = 3 * 4 * spec.shape.n_layer * diagnostics.flops_of_block(spec.shape)
     assert flops["pair"] - flops["denoiser"] == blocks + 3 * planner_head
     assert flops["denoiser"] < flops["trunk"]
+    assert flops["joint"] - flops["trunk"] == blocks * 2 / 3
 
 
 def said_of_gpu(capsys, *flags):
@@ -462,7 +465,7 @@ def test_recomputed_activations_are_not_kept_and_change_nothing():
     spec = spec_of(cfg, training.stated_meta(cfg))
     rng = torch.Generator().manual_seed(0)
     x0 = torch.randint(50, (4, 144), generator=rng)
-    task = methods.make_tasks(spec, x0, torch.zeros(4).long(), None, rng)["denoiser"]
+    tasks = methods.make_tasks(spec, x0, torch.zeros(4).long(), None, rng)
     gradients = []
     sizes = []
     for recompute in (False, True):
@@ -477,7 +480,7 @@ def test_recomputed_activations_are_not_kept_and_change_nothing():
             return y
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
-            loss = learners["denoiser"](task)
+            loss = learners["denoiser",](tasks)
         loss.backward()
         sizes.append(sum(kept.values()))
         gradients.append([p.grad for p in state.nets["denoiser"].parameters()])
@@ -538,41 +541,43 @@ def output_of(process):
     return said
 
 
-def test_two_processes_equal_one_with_two_micro_steps():
+@pytest.mark.parametrize("nets", [[], ["--nets", "trunk", "--trunk-grad", 0.5]])
+def test_two_processes_equal_one_with_two_micro_steps(nets):
     """Two gloo ranks and one process with two micro-steps: losses and weights to 1e-6 in float32
     after 10 steps.
 
     Then one process goes on where two stopped, as long as micro-batches per iteration stay the
     same.
     """
+    ranks, one = (f"{name}_{len(nets)}" for name in ("ranks", "alone"))
     rates = ["--planner-lr", 1e-3, "--denoiser-lr", 1e-3]
-    flags = ["--max-iters", 10, "--dtype", "float32", *rates]
-    output_of(torchrun(*TINY, *flags, "--out-dir", "out/ranks"))
-    state = checkpoint_of("ranks")
+    flags = ["--max-iters", 10, "--dtype", "float32", *rates, *nets]
+    output_of(torchrun(*TINY, *flags, "--out-dir", f"out/{ranks}"))
+    state = checkpoint_of(ranks)
     assert state["it"] == 10
     assert state["world_size"] == 2
 
     two_steps = ["--grad-accumulation-steps", 2]
     alone = script(
-        "train_ddpd.py", *TINY, *flags, "--out-dir", "out/alone", *two_steps, env=ONE_THREAD
+        "train_ddpd.py", *TINY, *flags, "--out-dir", f"out/{one}", *two_steps, env=ONE_THREAD
     )
     assert alone.returncode == 0, alone.stderr
-    pairs = list(zip(losses_of("ranks"), losses_of("alone"), strict=True))
+    pairs = list(zip(losses_of(ranks), losses_of(one), strict=True))
     assert len(pairs) == 10
     for of_ranks, of_one in pairs:
         assert set(of_ranks) == {"planner_loss", "denoiser_loss"}
         for name, loss in of_ranks.items():
             assert abs(loss - of_one[name]) <= 1e-6 + 1e-5      # the log has five digits
-    weights = checkpoint_of("alone")["nets"]
+    weights = checkpoint_of(one)["nets"]
     for name, net in state["nets"].items():
         for key, value in net.items():
             assert torch.allclose(value, weights[name][key], rtol=0, atol=1e-6), (name, key)
 
     longer = [*flags, "--max-iters", 12]
-    message = refusal(train_ddpd.main, tiny("ranks", *longer))
+    message = refusal(train_ddpd.main, tiny(ranks, *longer))
     assert "--grad-accumulation-steps to 2" in message
-    train_ddpd.main(tiny("ranks", *longer, *two_steps))
-    state = checkpoint_of("ranks")
+    train_ddpd.main(tiny(ranks, *longer, *two_steps))
+    state = checkpoint_of(ranks)
     assert state["it"] == 12
     assert state["world_size"] == 1
 

@@ -15,8 +15,9 @@ import train_ddpd
 from diffusion import objectives, samplers
 from diffusion.samplers import last, remdm
 from diffusion.unmasking import draw_sites, remasking_counts, remasking_weight
-from support import training
+from support import runtime, training
 from support.checkpoint import digest, load_run
+from support.chunked_head import task_loss
 
 CPU = torch.device("cpu")
 V = 7
@@ -314,6 +315,48 @@ def test_the_planner_owns_its_blocks_alone():
     assert all(p.grad is None for p in nets["denoiser"].parameters())
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_trunk_gets_the_planners_gradient_times_a_weight(weight):
+    """The denoiser's gradient is that of CE + weight * BCE, the planner's that of BCE."""
+    cfg = tiny("grad", "--nets", "trunk", "--n-layer", 2, "--trunk-grad", weight)
+    spec, splits = training.open_data(cfg)
+    state = training.build_training(cfg, spec, None, CPU)
+    for net in (*state.nets.values(), *state.ema.values()):
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    tasks = training.Batches(cfg, spec, splits["train"], 1, state.ema["denoiser"]).tasks(0, 0)
+
+    def gradients(loss, net):
+        return torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+
+    denoiser, planner = state.nets["denoiser"], state.nets["planner"]
+    ce = task_loss(denoiser, tasks["denoiser"])
+    planner.hold(denoiser, 1.0)
+    bce = task_loss(planner, tasks["planner"])
+    expected = gradients(ce + weight * bce, denoiser)
+    if weight:
+        of_planner = gradients(bce, planner)
+        planner.hold(denoiser, weight)
+    else:                               # it stands on the averaged trunk then
+        planner.hold(state.ema["denoiser"])
+        of_planner = gradients(task_loss(planner, tasks["planner"]), planner)
+    learners = training.learners_of(cfg, state, runtime.World(0, 1, CPU))
+    training.backward(cfg, learners, tasks, CPU, is_last=True)
+    for net, wanted in ((denoiser, expected), (planner, of_planner)):
+        for parameter, gradient in zip(net.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_trunk_that_is_trained_for_its_planner_is_the_live_one():
+    cfg = tiny("live", "--nets", "trunk", "--trunk-grad", 0.5)
+    spec, _ = training.open_data(cfg)
+    state = training.build_training(cfg, spec, None, CPU)
+    assert state.nets["planner"].trunk_of == (state.nets["denoiser"],)
+    assert state.nets["planner"].trunk_grad == 0.5
+    assert state.ema["planner"].trunk_of == (state.ema["denoiser"],)
+    assert state.ema["planner"].trunk_grad == 0
+
+
 # What it learns
 
 
@@ -363,8 +406,9 @@ def test_the_denoiser_learns_as_if_there_were_no_planner():
         assert digest(still["planner"]) != digest(learning["planner"])
 
 
-def test_a_resumed_run_equals_one_that_was_not_stopped():
-    args = ["--nets", "trunk", "--max-iters", 8, "--lr-decay-iters", 8]
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_a_resumed_run_equals_one_that_was_not_stopped(weight):
+    args = ["--nets", "trunk", "--trunk-grad", weight, "--max-iters", 8, "--lr-decay-iters", 8]
     train_ddpd.main(tiny("whole", *args))
     train_ddpd.main(tiny("parts", *args, "--max-iters", 3))
     train_ddpd.main(tiny("parts", *args))
@@ -431,6 +475,9 @@ def test_misfits_are_refused_by_name():
     (["--nets", "trunk", "--denoiser-process", "uniform"], "nets = trunk needs denoiser_process"),
     (["--nets", "trunk", "--on-policy", "0.5"], "on_policy = 0.5 needs nets = pair"),
     (["--planner-layers", "3"], "planner_layers = 3 needs nets = trunk"),
+    (["--trunk-grad", "1"], "trunk_grad = 1 needs nets = trunk"),
+    (["--nets", "trunk", "--trunk-grad", "0.5", "--freeze-denoiser", "x"], "no freeze_denoiser"),
+    (["--nets", "trunk", "--trunk-grad", "-1"], "trunk_grad"),
     (["--fill-label", "written"], "fill_label = written needs fills"),
     (["--nets", "denoiser", "--denoiser-process", "uniform"], "nets = denoiser needs"),
     (["--nets", "denoiser", "--on-policy", "0.5"], "on_policy = 0.5 needs nets = pair"),
