@@ -360,15 +360,19 @@ def test_a_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_dry_runs_activations_are_those_of_a_step(dtype):
+@pytest.mark.parametrize("flags", [[], ["--nets", "trunk", "--trunk-grad", 1]])
+def test_the_dry_runs_activations_are_those_of_a_step(flags, dtype):
     """Bytes that autograd keeps in a network's forward pass, but for weights and the head, agree
-    with the estimate; in bfloat16 attention runs in blocks."""
+    with the estimate; in bfloat16 attention runs in blocks. With a trunk that learns from its
+    planner both networks keep theirs."""
     sizes = ["--n-embd", 64, "--n-head", 2, "--n-layer", 3, "--vocab", 50, "--grid", 12, 12]
-    cfg = tiny("bytes", *sizes)
+    cfg = tiny("bytes", *sizes, *flags)
     spec = spec_of(cfg, training.stated_meta(cfg))
     cpu = torch.device("cpu")
     cost = diagnostics.cost_of_step(spec, 4, cpu, runtime.autocast(cpu, dtype))
     nets = methods.build(spec)
+    if flags:
+        nets["planner"].hold(nets["denoiser"], 1.0)
     kept = {}
 
     def pack(y):
@@ -381,8 +385,10 @@ def test_the_dry_runs_activations_are_those_of_a_step(dtype):
     label = torch.zeros(4).long()
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y)
     with hooks, runtime.autocast(cpu, dtype):
-        output = nets["denoiser"].hidden(x, t, label)                   # alive while counted
-    assert output.shape == (4, 144, 64)
+        outputs = [nets["denoiser"].hidden(x, t, label)]                # alive while counted
+        if flags:
+            outputs.append(nets["planner"].hidden(x, t, label))
+    assert all(output.shape == (4, 144, 64) for output in outputs)
     own = {p.untyped_storage().data_ptr() for net in nets.values() for p in net.parameters()}
     n_bytes = sum(size for where, size in kept.items() if where not in own)
     assert cost.bytes["activations"] == pytest.approx(n_bytes, rel=0.1)
