@@ -5,7 +5,8 @@ python experiments/frontiers.py [train | sample | table | plot | exact] [TASK ..
 
 A sampler has a dial, such as its temperature, that trades variety for precision. It is judged at
 all settings of the dial, at equal numbers of network calls.
-train   the networks of each task with three seeds, into out/
+train   the networks of each task with three seeds, into out/; those of digits_deep are one
+        network of eight blocks for each method, the others pairs of four
 sample  every arm at every setting of its dial, on two seeds of the sampling noise: one to choose
         the setting, one to report it. Held-out data is a row, too: assets/frontiers_TASK.csv
 table   for each arm and number of calls, at the chosen setting: the scores, their harmonic mean,
@@ -38,36 +39,10 @@ N_COUNTED = 50          # samples over which FLOPs are counted
 REAL = "held-out data"
 
 
-class Task(NamedTuple):
+class Training(NamedTuple):
     config: str
-    trunk_config: str       # of the planner on its denoiser's trunk
-    folder: str             # of a run, by its seed
-    axes: tuple[str, str]   # columns of the plane in which frontiers lie, more is better
-    calls: tuple[int, ...] = (8, 16)
-    n_report: int = 500
-    n_choice: int = 250
-    temperatures: tuple[float, ...] = ()    # besides those of the arms
-    noises: tuple[float, ...] = ()          # instead of those of the arms
-    pair_flags: tuple[str, ...] = ()        # of the pair's training
-
-
-PICTURE_AXES = ("recall", "precision")
-TASKS = {
-    "digits": Task(
-        "digits", "digits_trunk", "out/frontiers/digits_{seed}", PICTURE_AXES, temperatures=(0.8,)
-    ),
-    "avatars": Task("avatars", "avatars_trunk", "out/frontiers/avatars_{seed}", PICTURE_AXES),
-    # an empty picture counts as precise, since most pixels of any digit are black
-    "mnist": Task(
-        "mnist_32", "mnist_32_trunk", "out/frontiers/mnist_32_{seed}", ("recall", "judge_acc"),
-        noises=(1.0, 2.0, 4.5, 9.0), pair_flags=("--max-iters", "2500"),
-    ),
-    "mazes": Task(
-        "maze_ddpd", "maze_trunk", "out/frontiers/maze_{seed}", ("valid", "shortest")
-    ),
-}
-# The first is a task's own; runs of the others have its folder with "_NAME"
-TRAININGS = ("pair", "trunk")
+    flags: tuple[str, ...] = ()
+    on: str = ""            # the training whose denoiser it takes as it is
 
 
 class Arm(NamedTuple):
@@ -78,13 +53,14 @@ class Arm(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})   # the others that are not the default
     training: str = "pair"
     is_control: bool = False
+    corrects: bool = False          # half of the calls are of self-correction afterwards
 
 
 TEMPERATURES = (1.0, 0.6)
 NOISES = (1.0, 2.0, 4.5)            # on log-probabilities, where the most confident are uncovered
 ALL = dict(remask="rescale", eta=1.0)
 UNINFORMED = dict(trust=0.0, eta=1.0)   # ReMDM at full strength, confident draws first
-ARMS = [
+ARMS = (
     Arm("ancestral", "ancestral", "temperature", TEMPERATURES, is_control=True),
     Arm("MaskGIT", "confidence", "noise", NOISES, is_control=True),
     Arm("MaskGIT, cold", "confidence", "temperature", (0.6,), is_control=True),
@@ -118,12 +94,74 @@ ARMS = [
         "planned, random order", "planned", "temperature", TEMPERATURES, dict(order="random"),
         training="trunk",
     ),
-]
+)
+# One network for all, as deep as planner and denoiser together
+DEEP_ARMS = (
+    Arm("ancestral", "ancestral", "temperature", TEMPERATURES, training="masked", is_control=True),
+    Arm(
+        "MaskGIT by entropy", "confidence", "noise", NOISES, dict(schedule="entropy"),
+        training="masked", is_control=True,
+    ),
+    Arm("ReMDM", "remdm", "temperature", TEMPERATURES, ALL, training="masked", is_control=True),
+    Arm("GIDD", "ancestral", "temperature", TEMPERATURES, training="gidd", is_control=True),
+    Arm(
+        "GIDD, corrected", "ancestral", "temperature", TEMPERATURES, training="gidd",
+        is_control=True, corrects=True,
+    ),
+    Arm("single, ancestral", "ancestral", "temperature", TEMPERATURES, training="single"),
+    Arm("single, ddpd", "ddpd", "temperature", TEMPERATURES, training="single"),
+)
+
+
+class Task(NamedTuple):
+    trainings: Mapping[str, Training]       # in this order
+    folder: str             # of a run, by its seed; but for "pair" its training is added
+    axes: tuple[str, str]   # columns of the plane in which frontiers lie, more is better
+    arms: tuple[Arm, ...] = ARMS
+    calls: tuple[int, ...] = (8, 16)
+    n_report: int = 500
+    n_choice: int = 250
+    temperatures: tuple[float, ...] = ()    # besides those of the arms
+    noises: tuple[float, ...] = ()          # instead of those of the arms
+
+
+def pair_and_trunk(pair: str, trunk: str, *pair_flags: str) -> dict[str, Training]:
+    """A planner apart, and one on the trunk of the same denoiser."""
+    return {"pair": Training(pair, pair_flags), "trunk": Training(trunk, on="pair")}
+
+
+PICTURE_AXES = ("recall", "precision")
+TASKS = {
+    "digits": Task(
+        pair_and_trunk("digits", "digits_trunk"), "out/frontiers/digits_{seed}", PICTURE_AXES,
+        temperatures=(0.8,),
+    ),
+    "digits_deep": Task(
+        {
+            "masked": Training("digits", ("--nets", "denoiser", "--n-layer", "8")),
+            "gidd": Training("digits_gidd", ("--p-uniform", "0.1")),
+            "single": Training("digits_single"),
+        },
+        "out/frontiers/deep_{seed}", PICTURE_AXES, DEEP_ARMS, temperatures=(0.8,),
+    ),
+    "avatars": Task(
+        pair_and_trunk("avatars", "avatars_trunk"), "out/frontiers/avatars_{seed}", PICTURE_AXES
+    ),
+    # an empty picture counts as precise, since most pixels of any digit are black
+    "mnist": Task(
+        pair_and_trunk("mnist_32", "mnist_32_trunk", "--max-iters", "2500"),
+        "out/frontiers/mnist_32_{seed}", ("recall", "judge_acc"), noises=(1.0, 2.0, 4.5, 9.0),
+    ),
+    "mazes": Task(
+        pair_and_trunk("maze_ddpd", "maze_trunk"), "out/frontiers/maze_{seed}",
+        ("valid", "shortest"),
+    ),
+}
 
 
 def run_folder(task: str, training: str, seed: int) -> str:
     folder = TASKS[task].folder.format(seed=seed)
-    return folder if training == TRAININGS[0] else f"{folder}_{training}"
+    return folder if training == "pair" else f"{folder}_{training}"
 
 
 def table_of(task: str) -> common.Table:
@@ -132,17 +170,15 @@ def table_of(task: str) -> common.Table:
 
 
 def train(task: str, seeds: list[int]) -> None:
-    """The pair, and a planner on the trunk of its denoiser, which stays as it is."""
     for seed in seeds:
-        is_compiled = "compile" in sys.argv
-        pair = run_folder(task, "pair", seed)
-        common.train(
-            TASKS[task].config, pair, seed, *TASKS[task].pair_flags, compiled=is_compiled
-        )
-        common.train(
-            TASKS[task].trunk_config, run_folder(task, "trunk", seed), seed,
-            "--freeze-denoiser", pair, compiled=is_compiled,
-        )
+        for name, training in TASKS[task].trainings.items():
+            flags = training.flags
+            if training.on:
+                flags = (*flags, "--freeze-denoiser", run_folder(task, training.on, seed))
+            folder = run_folder(task, name, seed)
+            common.train(
+                training.config, folder, seed, *flags, compiled="compile" in sys.argv
+            )
 
 
 # Sampling
@@ -169,7 +205,7 @@ def values_of(task: str, arm: Arm) -> tuple[float, ...]:
 
 
 def settings_of(task: str, training: str) -> list[Setting]:
-    arms = [arm for arm in ARMS if arm.training == training]
+    arms = [arm for arm in TASKS[task].arms if arm.training == training]
     return [
         Setting(arm, calls, value, seed)
         for calls in TASKS[task].calls for arm in arms for value in values_of(task, arm)
@@ -179,7 +215,7 @@ def settings_of(task: str, training: str) -> list[Setting]:
 
 def sample(task: str, seeds: list[int]) -> None:
     for seed in seeds:
-        for training in TRAININGS:
+        for training in TASKS[task].trainings:
             sample_run(task, run_folder(task, training, seed), settings_of(task, training))
 
 
@@ -210,22 +246,37 @@ def describe(setting: Setting) -> str:
 
 def sample_row(judged: evaluate.Judged, task: Task, setting: Setting) -> dict[str, Any]:
     """Scores of the samples of a setting, and their FLOPs."""
-    arm, calls, value, seed = setting
-    n = task.n_choice if seed == CHOICE_SEED else task.n_report
-    flags = evaluate.Flags(runs=(), n=n, **arm.options | {arm.dial: value})
-    [row] = evaluate.evaluate(judged, arm.sampler, calls, seed, flags, None)
+    n = task.n_choice if setting.seed == CHOICE_SEED else task.n_report
+    flags = flags_of(setting, n)
+    *_, row = evaluate.evaluate(
+        judged, setting.arm.sampler, steps_of(setting), setting.seed, flags, None
+    )
     return {"flops": flops_per_sample(judged, setting, flags)} | row
+
+
+def steps_of(setting: Setting) -> int:
+    """Calls of the sampler, without those of a correction."""
+    return setting.calls // 2 if setting.arm.corrects else setting.calls
+
+
+def flags_of(setting: Setting, n: int) -> evaluate.Flags:
+    arm = setting.arm
+    correct = setting.calls - steps_of(setting)
+    options = arm.options | {arm.dial: setting.value}
+    return evaluate.Flags(runs=(), n=n, correct=correct, **options)
 
 
 def flops_per_sample(judged: evaluate.Judged, setting: Setting, flags: evaluate.Flags) -> int:
     """Of all its network calls, each by the size of its network: counted by PyTorch while some
     samples are drawn. Fused attention is taken apart, for it is not counted on every device."""
-    [stage] = evaluate.plan_stages(setting.arm.sampler, judged, setting.calls, flags)
     labels, _, tokens, known = judged.held_out(flags)
-    request = sampling.Request(stage.sampler, stage.options, setting.seed, labels, tokens, known)
     n = min(N_COUNTED, len(labels))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        sampling.draw_batch(judged.run, request, range(n))
+        for stage in evaluate.plan_stages(setting.arm.sampler, judged, steps_of(setting), flags):
+            request = sampling.Request(
+                stage.sampler, stage.options, setting.seed, labels, tokens, known
+            )
+            tokens = sampling.draw_batch(judged.run, request, range(n)).tokens
     return round(counter.get_total_flops() / n)
 
 
@@ -323,7 +374,7 @@ def points_of(rows: dict[float, dict[str, str]], task: str) -> dict[float, Point
 
 def results_of(rows: common.Rows, task: str, calls: int, seed: int) -> dict[str, Result]:
     """{arm: Result} of the arms that are finished."""
-    curves = {arm.name: curve_of(rows, task, arm, calls, seed) for arm in ARMS}
+    curves = {arm.name: curve_of(rows, task, arm, calls, seed) for arm in TASKS[task].arms}
     curves = {name: curve for name, curve in curves.items() if curve}
     choice = {name: points_of(curve.choice, task) for name, curve in curves.items()}
     report = {name: points_of(curve.report, task) for name, curve in curves.items()}
@@ -333,18 +384,19 @@ def results_of(rows: common.Rows, task: str, calls: int, seed: int) -> dict[str,
         value = best_setting(scores)
         results[name] = Result(
             value, curve.report[value], harmonic_mean(report[name][value]),
-            hypervolume(report[name].values()), margin_of(name, choice, report),
+            hypervolume(report[name].values()), margin_of(task, name, choice, report),
         )
     return results
 
 
 def margin_of(
-    name: str, choice: dict[str, dict[float, Point]], report: dict[str, dict[float, Point]],
+    task: str, name: str, choice: dict[str, dict[float, Point]],
+    report: dict[str, dict[float, Point]],
 ) -> float:
     """Of an arm to the controls, of a control to the others: at the value that the choice favours;
     NaN without controls."""
-    others = [arm.name for arm in ARMS if arm.is_control and arm.name != name]
-    others = [other for other in others if other in report]
+    controls = [arm.name for arm in TASKS[task].arms if arm.is_control]
+    others = [other for other in controls if other != name and other in report]
     if not others:
         return np.nan
 
@@ -388,7 +440,7 @@ def table(task: str, seeds: list[int]) -> None:
         print_real(real[0], task, columns)
     for calls in TASKS[task].calls:
         by_seed = [results_of(rows, task, calls, seed) for seed in seeds]
-        for arm in ARMS:
+        for arm in TASKS[task].arms:
             results = [results[arm.name] for results in by_seed if arm.name in results]
             if results:
                 print_arm(arm, calls, results, columns)
@@ -447,16 +499,17 @@ def plot(task: str, seeds: list[int]) -> None:
     figure, panels = common.open_figure(
         1, len(all_calls), width=width, height=3.9, sharex=True, sharey=True, squeeze=False
     )
-    styles = styles_of(ARMS)
+    arms = TASKS[task].arms
+    styles = styles_of(arms)
     handles = {}
     shown = []
     for calls, panel in zip(all_calls, panels[0], strict=True):
-        means = {arm.name: mean_points(rows, task, arm, calls, seeds) for arm in ARMS}
-        controls = [point for arm in ARMS if arm.is_control for point in means[arm.name]]
+        means = {arm.name: mean_points(rows, task, arm, calls, seeds) for arm in arms}
+        controls = [point for arm in arms if arm.is_control for point in means[arm.name]]
         shown += [point for own in means.values() for point in own]
         if controls:
             handles["reach of the controls"] = draw_reach(panel, controls)
-        for arm in ARMS:
+        for arm in arms:
             if means[arm.name]:
                 [handles[arm.name]] = panel.plot(*zip(*means[arm.name], strict=True),
                                                  **styles[arm.name])
@@ -478,7 +531,7 @@ def plot(task: str, seeds: list[int]) -> None:
     common.save_figure(figure, f"frontiers_{task}.png")
 
 
-def styles_of(arms: list[Arm]) -> dict[str, dict[str, Any]]:
+def styles_of(arms: Iterable[Arm]) -> dict[str, dict[str, Any]]:
     """Saturated colours for planned arms, which are drawn above the controls' greys."""
     styles = {}
     planned = [arm.name for arm in arms if not arm.is_control]

@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "experiments"))
 
 import exact
 import frontiers
-from frontiers import Arm, Task
+from frontiers import Arm, Task, Training
 
 # Arithmetic
 
@@ -98,8 +98,8 @@ def rows_of(arm, seed, choice, report):
 
 @pytest.fixture
 def arms(monkeypatch):
-    monkeypatch.setattr(frontiers, "ARMS", [PLAIN, OTHER, PLANNED])
-    plain_digits = frontiers.TASKS["digits"]._replace(temperatures=())
+    arms = (PLAIN, OTHER, PLANNED)
+    plain_digits = frontiers.TASKS["digits"]._replace(temperatures=(), arms=arms)
     monkeypatch.setitem(frontiers.TASKS, "digits", plain_digits)
 
 
@@ -131,18 +131,25 @@ def test_an_unfinished_arm_is_left_out(arms):
     assert list(frontiers.results_of(rows, "digits", 8, 1)) == ["planned"]
 
 
-def test_arms_have_the_options_that_they_set():
-    """And no two have one name, which tells their rows apart."""
-    rows = {"pair": "ddpd-mask", "trunk": "ddpd-trunk"}
+METHODS_OF_TRAININGS = {
+    "pair": "ddpd-mask", "trunk": "ddpd-trunk", "masked": "masked", "gidd": "gidd",
+    "single": "ddpd-single",
+}
+
+
+@pytest.mark.parametrize("task", frontiers.TASKS.values(), ids=frontiers.TASKS)
+def test_arms_have_the_options_that_they_set(task):
+    """And no two of a task have one name, which tells their rows apart."""
     flags = {field.name for field in fields(config.SamplerFlags)}
-    assert len({arm.name for arm in frontiers.ARMS}) == len(frontiers.ARMS)
-    for arm in frontiers.ARMS:
-        fits = methods.METHODS[rows[arm.training]].samplers
+    assert len({arm.name for arm in task.arms}) == len(task.arms)
+    for arm in task.arms:
+        fits = methods.METHODS[METHODS_OF_TRAININGS[arm.training]].samplers
         known = methods.options_of(fits[sampler_of(arm.sampler)])
         given = {arm.dial, *arm.options}
         assert given <= flags & set(known), arm.name
         assert len(set(arm.values)) == len(arm.values), arm.name
-        assert arm.training in frontiers.TRAININGS
+        assert arm.training in task.trainings
+        assert not arm.corrects or "self_correct" in fits
 
 
 def test_a_task_can_have_settings_of_its_own(arms, monkeypatch):
@@ -171,9 +178,11 @@ def test_a_tiny_task_from_training_to_plot(monkeypatch, tmp_path, capsys):
     """Rows of all settings on both splits, FLOPs by the networks' sizes; nothing is drawn twice."""
     folder = "out/frontiers_{seed}"
     axes = frontiers.PICTURE_AXES
-    task = Task("digits", "", folder, axes, calls=(2,), n_report=20, n_choice=12)
+    task = Task(
+        {"pair": Training("digits")}, folder, axes, (PLAIN, PLANNED), calls=(2,), n_report=20,
+        n_choice=12,
+    )
     monkeypatch.setitem(frontiers.TASKS, "digits", task)
-    monkeypatch.setattr(frontiers, "ARMS", [PLAIN, PLANNED])
     monkeypatch.setattr(frontiers.common, "ASSETS", tmp_path)
     frontiers.sample("digits", [0])
     assert "not trained yet" in capsys.readouterr().out
@@ -202,9 +211,11 @@ def test_mazes_are_judged_by_their_paths(monkeypatch, tmp_path, capsys):
     """Held-out mazes with their walls given, which have no scores of real data."""
     for name, size in {"N_TRAIN": 40, "N_VAL": 20}.items():
         monkeypatch.setattr(maze, name, size)
-    task = Task("maze_ddpd", "", "out/mazes_{seed}", ("valid", "shortest"), (4,), 10, 6)
+    axes = ("valid", "shortest")
+    task = Task(
+        {"pair": Training("maze_ddpd")}, "out/mazes_{seed}", axes, (PLAIN, PLANNED), (4,), 10, 6
+    )
     monkeypatch.setitem(frontiers.TASKS, "mazes", task)
-    monkeypatch.setattr(frontiers, "ARMS", [PLAIN, PLANNED])
     monkeypatch.setattr(frontiers.common, "ASSETS", tmp_path)
     train_ddpd.main(tiny_config("mazes_0", "--data", "maze", "--max-iters", 1))
     frontiers.sample("mazes", [0])
@@ -215,6 +226,28 @@ def test_mazes_are_judged_by_their_paths(monkeypatch, tmp_path, capsys):
     assert "| valid | shortest |" in capsys.readouterr().out
     frontiers.plot("mazes", [0])
     assert (tmp_path / "frontiers_mazes.png").exists()
+
+
+def test_calls_of_a_correction_are_counted(monkeypatch, tmp_path, capsys):
+    """Half of the calls draw, half correct; the row is that of the corrected samples."""
+    arm = PLAIN._replace(training="gidd", values=(1.0,), corrects=True)
+    plain = arm._replace(name="alone", corrects=False)
+    task = Task(
+        {"gidd": Training("digits_gidd")}, "out/frontiers_{seed}", frontiers.PICTURE_AXES,
+        (arm, plain), calls=(4,), n_report=12, n_choice=12,
+    )
+    monkeypatch.setitem(frontiers.TASKS, "digits", task)
+    monkeypatch.setattr(frontiers.common, "ASSETS", tmp_path)
+    flags = ("--data", "digits", "--method", "gidd", "--max-iters", 1)
+    train_ddpd.main(tiny_config("frontiers_0_gidd", *flags))
+    frontiers.sample("digits", [0])
+    rows = rows_in(tmp_path / "frontiers_digits.csv")[1:]
+    corrected, alone = rows[1], rows[3]
+    assert corrected["sampler"] == "ancestral+correct" and alone["sampler"] == "ancestral"
+    assert (corrected["steps"], corrected["nfe"]) == ("2", "4.0")
+    assert (alone["steps"], alone["nfe"]) == ("4", "4.0")
+    assert corrected["flops"] == alone["flops"]
+    capsys.readouterr()
 
 
 # Exact networks
