@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "experiments"))
 
 import exact
 import frontiers
-from frontiers import Arm, Task, Training
+from arms import ARMS, PICTURE_AXES, TASKS, Arm, Task, Training, run_folder
 
 # Arithmetic
 
@@ -86,7 +86,7 @@ PLANNED = Arm("planned", "ddpd", "temperature", (1.0, 0.5))
 
 def rows_of(arm, seed, choice, report):
     """Rows of two settings on both splits, as a CSV has them.  choice, report: two points each"""
-    folder = frontiers.run_folder("digits", arm.training, seed)
+    folder = run_folder("digits", arm.training, seed)
     rows = []
     for sampling_seed, points in ((100, choice), (0, report)):
         for value, (recall, precision) in zip(arm.values, points, strict=True):
@@ -99,8 +99,8 @@ def rows_of(arm, seed, choice, report):
 @pytest.fixture
 def arms(monkeypatch):
     arms = (PLAIN, OTHER, PLANNED)
-    plain_digits = frontiers.TASKS["digits"]._replace(temperatures=(), arms=arms)
-    monkeypatch.setitem(frontiers.TASKS, "digits", plain_digits)
+    plain_digits = TASKS["digits"]._replace(temperatures=(), arms=arms)
+    monkeypatch.setitem(TASKS, "digits", plain_digits)
 
 
 def test_a_setting_is_chosen_on_one_split_and_reported_on_the_other(arms):
@@ -137,7 +137,7 @@ METHODS_OF_TRAININGS = {
 }
 
 
-@pytest.mark.parametrize("task", frontiers.TASKS.values(), ids=frontiers.TASKS)
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_arms_have_the_options_that_they_set(task):
     """And no two of a task have one name, which tells their rows apart."""
     flags = {field.name for field in fields(config.SamplerFlags)}
@@ -154,14 +154,14 @@ def test_arms_have_the_options_that_they_set(task):
 
 def test_a_task_can_have_settings_of_its_own(arms, monkeypatch):
     """More temperatures, and other noises, for all arms alike."""
-    warmer = frontiers.TASKS["digits"]._replace(temperatures=(0.8,))
+    warmer = TASKS["digits"]._replace(temperatures=(0.8,))
     assert frontiers.values_of("digits", PLAIN) == (1.0, 0.5)
-    monkeypatch.setitem(frontiers.TASKS, "digits", warmer)
+    monkeypatch.setitem(TASKS, "digits", warmer)
     assert frontiers.values_of("digits", PLAIN) == (1.0, 0.8, 0.5)
     assert frontiers.values_of("digits", PLAIN._replace(values=(0.6,))) == (0.6, 0.8)
     by_noise = PLAIN._replace(dial="noise", values=(1.0, 2.0))
     assert frontiers.values_of("digits", by_noise) == (1.0, 2.0)
-    monkeypatch.setitem(frontiers.TASKS, "digits", warmer._replace(noises=(2.0, 9.0)))
+    monkeypatch.setitem(TASKS, "digits", warmer._replace(noises=(2.0, 9.0)))
     assert frontiers.values_of("digits", by_noise) == (2.0, 9.0)
     assert frontiers.values_of("digits", PLAIN) == (1.0, 0.8, 0.5)
 
@@ -177,12 +177,12 @@ def rows_in(path):
 def test_a_tiny_task_from_training_to_plot(monkeypatch, tmp_path, capsys):
     """Rows of all settings on both splits, FLOPs by the networks' sizes; nothing is drawn twice."""
     folder = "out/frontiers_{seed}"
-    axes = frontiers.PICTURE_AXES
+    axes = PICTURE_AXES
     task = Task(
         {"pair": Training("digits")}, folder, axes, (PLAIN, PLANNED), calls=(2,), n_report=20,
         n_choice=12,
     )
-    monkeypatch.setitem(frontiers.TASKS, "digits", task)
+    monkeypatch.setitem(TASKS, "digits", task)
     monkeypatch.setattr(frontiers.common, "ASSETS", tmp_path)
     frontiers.sample("digits", [0])
     assert "not trained yet" in capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_mazes_are_judged_by_their_paths(monkeypatch, tmp_path, capsys):
     task = Task(
         {"pair": Training("maze_ddpd")}, "out/mazes_{seed}", axes, (PLAIN, PLANNED), (4,), 10, 6
     )
-    monkeypatch.setitem(frontiers.TASKS, "mazes", task)
+    monkeypatch.setitem(TASKS, "mazes", task)
     monkeypatch.setattr(frontiers.common, "ASSETS", tmp_path)
     train_ddpd.main(tiny_config("mazes_0", "--data", "maze", "--max-iters", 1))
     frontiers.sample("mazes", [0])
@@ -233,10 +233,10 @@ def test_calls_of_a_correction_are_counted(monkeypatch, tmp_path, capsys):
     arm = PLAIN._replace(training="gidd", values=(1.0,), corrects=True)
     plain = arm._replace(name="alone", corrects=False)
     task = Task(
-        {"gidd": Training("digits_gidd")}, "out/frontiers_{seed}", frontiers.PICTURE_AXES,
+        {"gidd": Training("digits_gidd")}, "out/frontiers_{seed}", PICTURE_AXES,
         (arm, plain), calls=(4,), n_report=12, n_choice=12,
     )
-    monkeypatch.setitem(frontiers.TASKS, "digits", task)
+    monkeypatch.setitem(TASKS, "digits", task)
     monkeypatch.setattr(frontiers.common, "ASSETS", tmp_path)
     flags = ("--data", "digits", "--method", "gidd", "--max-iters", 1)
     train_ddpd.main(tiny_config("frontiers_0_gidd", *flags))
@@ -298,7 +298,7 @@ def test_laws_with_exact_networks(exact_nets, name, n_steps, tv, bits):
 
 def test_the_exact_table_covers_the_arms():
     """A sampler that is judged on frontiers has a row there."""
-    judged = {sampler_of(arm.sampler) for arm in frontiers.ARMS}
+    judged = {sampler_of(arm.sampler) for arm in ARMS}
     assert judged <= {row.sampler for row in exact.ROWS.values()}
 
 
