@@ -19,7 +19,8 @@ class Arm(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})   # the others that are not the default
     training: str = "pair"
     is_control: bool = False
-    corrects: bool = False          # half of the calls are of self-correction afterwards
+    second_half: str = ""           # an option that takes half of the calls, as steps
+    rewritten: int = 0              # tokens that these write, all together
 
 
 TEMPERATURES = (1.0, 0.6)
@@ -72,10 +73,18 @@ DEEP_ARMS = (
     Arm("GIDD", "ancestral", "temperature", TEMPERATURES, training="gidd", is_control=True),
     Arm(
         "GIDD, corrected", "ancestral", "temperature", TEMPERATURES, training="gidd",
-        is_control=True, corrects=True,
+        is_control=True, second_half="correct", rewritten=16,
     ),
-    Arm("single, ancestral", "ancestral", "temperature", TEMPERATURES, training="single"),
-    Arm("single, ddpd", "ddpd", "temperature", TEMPERATURES, training="single"),
+    Arm(
+        "uniform noise, ancestral", "ancestral", "temperature", TEMPERATURES, training="single",
+        is_control=True,
+    ),
+    Arm("ddpd", "ddpd", "temperature", TEMPERATURES, training="single"),
+    Arm("ddpd, leap", "ddpd", "temperature", TEMPERATURES, dict(schedule="leap"), "single"),
+    Arm(
+        "ddpd, leap, refined", "ddpd", "temperature", TEMPERATURES, dict(schedule="leap"),
+        "single", second_half="refine", rewritten=32,
+    ),
 )
 
 

@@ -121,8 +121,7 @@ def describe(setting: Setting) -> str:
 
 def sample_row(judged: evaluate.Judged, task: Task, setting: Setting) -> dict[str, Any]:
     """Scores of the samples of a setting, and their FLOPs."""
-    n = task.n_choice if setting.seed == CHOICE_SEED else task.n_report
-    flags = flags_of(setting, n)
+    flags = flags_of(task, setting)
     *_, row = evaluate.evaluate(
         judged, setting.arm.sampler, steps_of(setting), setting.seed, flags, None
     )
@@ -130,15 +129,18 @@ def sample_row(judged: evaluate.Judged, task: Task, setting: Setting) -> dict[st
 
 
 def steps_of(setting: Setting) -> int:
-    """Calls of the sampler, without those of a correction."""
-    return setting.calls // 2 if setting.arm.corrects else setting.calls
+    """Calls of the sampler, without those of a second half."""
+    return setting.calls // 2 if setting.arm.second_half else setting.calls
 
 
-def flags_of(setting: Setting, n: int) -> evaluate.Flags:
+def flags_of(task: Task, setting: Setting) -> evaluate.Flags:
     arm = setting.arm
-    correct = setting.calls - steps_of(setting)
+    n = task.n_choice if setting.seed == CHOICE_SEED else task.n_report
     options = arm.options | {arm.dial: setting.value}
-    return evaluate.Flags(runs=(), n=n, correct=correct, **options)
+    if arm.second_half:
+        n_steps = setting.calls - steps_of(setting)
+        options |= {arm.second_half: n_steps, "k": arm.rewritten // n_steps}
+    return evaluate.Flags(runs=(), n=n, **options)
 
 
 def flops_per_sample(judged: evaluate.Judged, setting: Setting, flags: evaluate.Flags) -> int:

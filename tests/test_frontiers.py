@@ -149,7 +149,7 @@ def test_arms_have_the_options_that_they_set(task):
         assert given <= flags & set(known), arm.name
         assert len(set(arm.values)) == len(arm.values), arm.name
         assert arm.training in task.trainings
-        assert not arm.corrects or "self_correct" in fits
+        assert arm.second_half in ("", "refine") or "self_correct" in fits
 
 
 def test_a_task_can_have_settings_of_its_own(arms, monkeypatch):
@@ -230,8 +230,8 @@ def test_mazes_are_judged_by_their_paths(monkeypatch, tmp_path, capsys):
 
 def test_calls_of_a_correction_are_counted(monkeypatch, tmp_path, capsys):
     """Half of the calls draw, half correct; the row is that of the corrected samples."""
-    arm = PLAIN._replace(training="gidd", values=(1.0,), corrects=True)
-    plain = arm._replace(name="alone", corrects=False)
+    arm = PLAIN._replace(training="gidd", values=(1.0,), second_half="correct", rewritten=8)
+    plain = arm._replace(name="alone", second_half="")
     task = Task(
         {"gidd": Training("digits_gidd")}, "out/frontiers_{seed}", PICTURE_AXES,
         (arm, plain), calls=(4,), n_report=12, n_choice=12,
