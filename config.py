@@ -217,8 +217,9 @@ class PlanFlags:
     schedule: Schedule | None = None
     # sites per step of --schedule fixed, --refine and --correct; 1 if not given
     k: int | None = None
-    # draw sites in proportion to P(noise) (default), or to its odds (softmax)
-    pick: Literal["proportional", "softmax"] | None = None
+    # draw sites in proportion to P(noise) (default), to its odds (softmax), or at random, without
+    # the planner
+    pick: Literal["proportional", "softmax", "random"] | None = None
     # a sample is done when fewer noise tokens than this are expected; 0 if not given
     stop: float | None = None
     refine: int | None = None               # further steps of k sites; 0 if not given

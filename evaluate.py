@@ -292,6 +292,8 @@ def check_run(judged: Judged, names: list[str], budgets: tuple[int, ...], flags:
         raise SystemExit(f"{judged.run.folder} is not writable: evaluate.csv belongs there")
     sampling.refuse_idle_guidance(flags, spec, judged.run.folder)
     known_options = set()
+    if flags.correct and "self_correct" in spec.method.samplers:
+        known_options |= set(methods.options_of(methods.find_sampler(spec, "self_correct")))
     for name in names:
         with runtime.one_line_errors(ValueError):
             if len(flags.runs) == 1 or sampler_of(name) in spec.method.samplers:

@@ -174,14 +174,17 @@ def choose_sites(
     schedule   how many: "one"; "fixed": k; "spread": the expected number of noise tokens divided by
                the steps left, rounded up; "leap": each token independently, with probability
                p_noise (t - s)/t on a fixed clock, which is exact for many steps
-    pick       which: in proportion to p_noise, or to its odds ("softmax" of the logits)
+    pick       which: in proportion to p_noise ("proportional"), to its odds ("softmax" of the
+               logits), or any that may be written ("random"), which ignores the planner
     """
     if schedule == "leap":
         return is_noise & (uniform(p_noise.shape, generator, p_noise.device) < 1 / steps_left)
+    weight = p_noise
     if pick == "softmax":
-        keys = race_keys(p_noise / (1 - p_noise).clamp_min(1e-12), generator)
-    else:
-        keys = race_keys(p_noise, generator)
+        weight = p_noise / (1 - p_noise).clamp_min(1e-12)
+    elif pick == "random":
+        weight = (p_noise > 0).float()
+    keys = race_keys(weight, generator)
     if schedule == "spread":
         expected = p_noise.sum(1) / steps_left
         n_sites = (expected - 1e-4).ceil().clamp_min(0).long()  # 1e-4: 2.0000001 sites are 2
@@ -195,7 +198,7 @@ def check_ddpd(
 ) -> None:
     """Refuse, by name, arguments that are unknown or exclude each other."""
     check_choice("schedule", schedule, ("one", "fixed", "spread", "leap"))
-    check_choice("pick", pick, ("proportional", "softmax"))
+    check_choice("pick", pick, ("proportional", "softmax", "random"))
     fitting = [name for name, row in PROCESSES.items() if name == "mask" or not row.starts_masked]
     check_choice("denoiser_process", denoiser_process, fitting)
     if planner_guidance != 1 and null_label is None:

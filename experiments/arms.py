@@ -79,10 +79,14 @@ DEEP_ARMS = (
         "uniform noise, ancestral", "ancestral", "temperature", TEMPERATURES, training="single",
         is_control=True,
     ),
+    Arm(
+        "ddpd, refined at random", "ddpd", "temperature", TEMPERATURES,
+        dict(schedule="leap", pick="random"), "single", True, "refine", 32,
+    ),
     Arm("ddpd", "ddpd", "temperature", TEMPERATURES, training="single"),
     Arm("ddpd, leap", "ddpd", "temperature", TEMPERATURES, dict(schedule="leap"), "single"),
     Arm(
-        "ddpd, leap, refined", "ddpd", "temperature", TEMPERATURES, dict(schedule="leap"),
+        "ddpd, refined", "ddpd", "temperature", TEMPERATURES, dict(schedule="leap"),
         "single", second_half="refine", rewritten=32,
     ),
 )

@@ -274,7 +274,7 @@ def random_options(names: list[str], rng: random.Random) -> dict[str, typing.Any
     """Values that a user might give."""
     choices = {
         "schedule": ["spread", "fixed", "one", "leap", "arccos", "cosine", "linear"],
-        "k": [1, 2, 5, 100], "pick": ["proportional", "softmax"], "stop": [0.0, 0.5, 3.0],
+        "k": [1, 2, 5, 100], "pick": ["proportional", "softmax", "random"], "stop": [0.0, 0.5, 3.0],
         "refine": [0, 1, 3], "planner_guidance": [1.0, 0.0, 3.0], "order": ["confidence", "random"],
         "noise": [0.0, 4.5], "temperature_end": [0.0, 0.3], "eta": [0.0, 0.2, 1.0, 5.0],
         "remask": ["confidence", "rescale", "cap"], "stabilization_level": [0.0, 0.05],

@@ -13,7 +13,7 @@ import methods
 from diffusion import decoding, processes, unmasking
 from diffusion.decoding import Decoding, cfg_logits, sample_categorical, truncate_probs
 from diffusion.processes import Noise, corrupt
-from diffusion.samplers import ancestral, confidence, ddpd, last, p2, remdm
+from diffusion.samplers import ancestral, choose_sites, confidence, ddpd, last, p2, remdm
 
 N_LAW = 100_000     # sampling alone puts the 27-state law this far: about .007
 
@@ -35,6 +35,17 @@ def constant_planner(x, t, label, sites=None):
 
 
 # Planned denoising
+
+
+def test_sites_are_picked_by_the_planner_or_without_it(rng):
+    """In proportion to P(noise), to its odds, or at random; never where P(noise) is 0."""
+    p_noise = torch.tensor([0.0, 0.1, 0.1, 0.4]).expand(20_000, 4)
+    shares = {"proportional": [0, 1/6, 1/6, 2/3], "softmax": [0, 1/8, 1/8, 3/4],
+              "random": [0, 1/3, 1/3, 1/3]}
+    for pick, share in shares.items():
+        sites = choose_sites(p_noise, p_noise > 1, "one", pick, 1, 1, rng)
+        torch.testing.assert_close(sites.double().mean(0), torch.tensor(share).double(),
+                                   atol=0.015, rtol=0)
 
 
 @pytest.mark.parametrize("process", ["uniform", "mask"])
