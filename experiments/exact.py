@@ -2,8 +2,8 @@
 
 The world is all sequences of 8 binary tokens with at most two changes between neighbours: 58 of
 256. The denoiser's posteriors are exact, and so are those of the planner of uniform noise, which
-like a trained one is not told its level. The planner on the denoiser's trunk counts what it is to
-learn in a million fills by that denoiser.
+like a trained one is not told its level, and those of the one network that is both. The planner on
+the denoiser's trunk counts what it is to learn in a million fills by that denoiser.
 """
 
 import math
@@ -41,7 +41,8 @@ STEPS = (2, 4, 8)
 class Row(NamedTuple):
     sampler: str
     options: dict[str, Any]
-    planner: str = "uniform"    # what it has learned: noise, or a label of fills
+    planner: str = "uniform"    # what it has learned: noise, or a label of fills; or "single"
+    is_refined: bool = False    # half of the steps rewrite half of the tokens
 
 
 ROWS = {
@@ -70,6 +71,13 @@ ROWS = {
     "planned, differs, by confidence": Row("planned", {}, "differs"),
     "planned, differs, by confidence, surprise 1": Row("planned", dict(surprise=1.0), "differs"),
     "planned, written, by confidence": Row("planned", {}, "written"),
+    "uniform noise, ancestral": Row("ancestral", {}, "single"),
+    "ddpd, one network": Row("ddpd", {}, "single"),
+    "ddpd, one network, leap": Row("ddpd", dict(schedule="leap"), "single"),
+    "ddpd, one network, refined": Row("ddpd", dict(schedule="leap"), "single", True),
+    "ddpd, one network, refined at random": Row(
+        "ddpd", dict(schedule="leap", pick="random"), "single", True
+    ),
 }
 
 
@@ -178,7 +186,7 @@ def exact_networks(world: World) -> dict[str, Callable]:
     """The denoiser, and planners by what they have learned."""
     denoiser = Lookup.of(world.under("mask").denoiser)
     planners = {"uniform": Lookup.of(blind_planner(world))} | planners_of_fills(world, denoiser)
-    return {"denoiser": denoiser} | planners
+    return {"denoiser": denoiser, "single": world.under("uniform").x0_denoiser} | planners
 
 
 # Table
@@ -186,11 +194,18 @@ def exact_networks(world: World) -> dict[str, Callable]:
 
 def draw(nets: dict[str, Callable], row: Row, n_steps: int, n: int, seed: int = 0) -> State:
     """n samples of a row of the table."""
-    spec = spec_of("ddpd-mask" if row.planner == "uniform" else "ddpd-trunk")
+    method = {"uniform": "ddpd-mask", "single": "ddpd-single"}.get(row.planner, "ddpd-trunk")
     own = {"denoiser": nets["denoiser"], "planner": nets[row.planner]}
+    if row.planner == "single":
+        own = {"denoiser": nets["single"]}
+    options = dict(row.options)
+    if row.is_refined:
+        n_refine = n_steps // 2
+        options |= dict(refine=n_refine, k=N_TOKENS // 2 // n_refine)
+        n_steps -= n_refine
     states = methods.sample(
-        spec, own, torch.zeros(n, dtype=torch.long), n_steps=n_steps, sampler=row.sampler,
-        generator=torch.Generator().manual_seed(seed), **row.options,
+        spec_of(method), own, torch.zeros(n, dtype=torch.long), n_steps=n_steps,
+        sampler=row.sampler, generator=torch.Generator().manual_seed(seed), **options,
     )
     return samplers.last(states)
 

@@ -288,6 +288,10 @@ def exact_nets():
     ("planned, differs", 8, 0.12, 4.99),
     ("planned, differs, by confidence", 8, 0.195, 4.45),
     ("planned, differs, by confidence, surprise 1", 8, 0.07, 5.16),     # no longer sharpened
+    ("uniform noise, ancestral", 8, 0.10, 5.71),
+    ("ddpd, one network, leap", 8, 0.095, 5.65),
+    ("ddpd, one network, refined", 8, 0.16, 4.89),
+    ("ddpd, one network, refined at random", 8, 0.15, 5.90),
 ])
 def test_laws_with_exact_networks(exact_nets, name, n_steps, tv, bits):
     world, nets = exact_nets
