@@ -228,6 +228,17 @@ def test_mazes_are_judged_by_their_paths(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "frontiers_mazes.png").exists()
 
 
+def test_a_second_half_takes_half_of_the_calls():
+    arm = PLAIN._replace(second_half="refine", rewritten=9)
+    setting = frontiers.Setting(arm, calls=5, value=0.6, seed=100)
+    assert frontiers.steps_of(setting) == 2
+    flags = frontiers.flags_of(TASKS["digits"], setting)
+    assert (flags.refine, flags.k, flags.temperature, flags.n) == (3, 3, 0.6, 250)
+    plain = setting._replace(arm=PLAIN)
+    assert frontiers.steps_of(plain) == 5
+    assert frontiers.flags_of(TASKS["digits"], plain).refine is None
+
+
 def test_calls_of_a_correction_are_counted(monkeypatch, tmp_path, capsys):
     """Half of the calls draw, half correct; the row is that of the corrected samples."""
     arm = PLAIN._replace(training="gidd", values=(1.0,), second_half="correct", rewritten=8)
