@@ -1,6 +1,7 @@
 """DDPD from one network on digits: parameters and steps of configs/digits.py, twice as deep.
 
 python train_ddpd.py configs/digits_single.py
+python sample.py out/digits_single --schedule leap --n-steps 8 --refine 8 --k 4     16 network calls
 """
 data = "digits"
 image_size = 8
