@@ -226,7 +226,7 @@ def test_correction_has_a_row_of_its_own(folder):
     gidd = ["--method", "gidd", "--p-uniform", 0.2]
     train_ddpd.main(tiny_config("g", "--max-iters", 2, *gidd))
     last_batch_of_one = ["--n", 20, "--batch-size", 19]
-    done = script("evaluate.py", "out/g", "--nfe", 3, "--correct", 2, *last_batch_of_one)
+    done = script("evaluate.py", "out/g", "--nfe", 3, "--correct", 2, "--k", 2, *last_batch_of_one)
     assert done.returncode == 0, done.stderr
     rows = [(row["sampler"], row["nfe"]) for row in rows_of("out/g")]
     assert rows == [("ancestral", "3.0"), ("ancestral+correct", "5.0")]
